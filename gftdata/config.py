@@ -1,0 +1,325 @@
+"""The settings of `gft generate`, declared once, and how any settings file of the toolkit is read.
+
+Frozen pydantic models; an unknown key is an error that names the nearest valid one. Every field's comment is the
+documentation that `gft init` and the README show. Paths are relative to the working directory.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from gftdata.errors import UserError
+from gftdata.types import EXPERT, TEACHER_PREFIX, Sampling
+
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class ColumnsConfig(BaseModel):
+    """Which columns of the prompt source mean what."""
+
+    model_config = STRICT
+
+    question: str | None = None  # text of the user's message; default `question`
+    messages: str | None = None  # or: a whole chat, list of {role, content}
+    ground_truth: str | None = None  # what the reward compares with
+    expert: str | None = None  # expert demonstration: a text, or a list of texts
+    id: str | None = None  # the source's own id of a row
+    extra: tuple[str, ...] = ()  # further columns to carry along
+
+    @model_validator(mode="after")
+    def one_of_question_and_messages(self) -> "ColumnsConfig":
+        if self.question and self.messages:
+            raise ValueError("name either question or messages, not both")
+        return self
+
+
+class ReasoningGymConfig(BaseModel):
+    """Prompts from a reasoning-gym task generator."""
+
+    model_config = STRICT
+
+    task: str  # e.g. basic_arithmetic
+    size: PositiveInt = 1000
+    seed: int = 0
+    options: dict[str, Any] = {}  # passed to the task's own config
+
+
+class PromptsConfig(BaseModel):
+    """Where prompts come from and how a row becomes one."""
+
+    model_config = STRICT
+
+    path: str | None = None  # a .jsonl or .parquet file
+    dataset: str | None = None  # or: a data set on the Hub (or a folder that `datasets` loads)
+    subset: str | None = None  # its configuration name
+    split: str = "train"
+    reasoning_gym: ReasoningGymConfig | None = None  # or: a task generator
+    columns: ColumnsConfig = ColumnsConfig()
+    template: str | None = None  # e.g. "{question} Let's think step by step."
+    system: str | None = None  # a system message put first
+    data_source: str | None = None  # name recorded with each prompt; default: the file's or data set's name
+    limit: PositiveInt | None = None  # take the first so many rows
+    max_prompt_tokens: PositiveInt = 1024
+    on_too_long: Literal["skip", "error"] = "skip"  # a longer prompt is counted and left out, or stops the run
+    on_missing_ground_truth: Literal["error", "keep"] = "error"  # keep: its responses stay unjudged
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "PromptsConfig":
+        if sum(x is not None for x in (self.path, self.dataset, self.reasoning_gym)) != 1:
+            raise ValueError("name exactly one of path, dataset, reasoning_gym")
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError("template must contain {question}")
+        if self.template is not None and self.columns.messages is not None:
+            raise ValueError("template applies to a question column, and columns.messages is set")
+        return self
+
+
+class RewardConfig(BaseModel):
+    """How responses are judged."""
+
+    model_config = STRICT
+
+    name: str = "math"  # math, numeric, exact, choice, reasoning_gym, or pkg.mod:function
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0  # a judgement that takes longer is killed: status timeout
+    workers: PositiveInt | None = None  # judging processes; default: by the number of cores
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0  # address space of one judging process
+
+
+class SamplingConfig(BaseModel):
+    """How one source draws its responses."""
+
+    model_config = STRICT
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Probability = 1.0
+    stop: tuple[str, ...] = ()  # texts that end a response, kept in it
+
+    def with_limit(self, max_tokens: int) -> Sampling:
+        return Sampling(self.temperature, self.top_p, max_tokens, self.stop)
+
+
+class ExpertConfig(BaseModel):
+    """Expert demonstrations, from `prompts.columns.expert`."""
+
+    model_config = STRICT
+
+    count: Annotated[int, Field(ge=0)] = 1
+
+
+class EngineConfig(BaseModel):
+    """What runs a model. `hf` is transformers in this process, on CPU or GPU."""
+
+    model_config = STRICT
+
+    name: Literal["hf"] = "hf"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on CPU, bfloat16 on a GPU
+    batch_size: PositiveInt = 128  # samples drawn together
+    batch_tokens: PositiveInt = 16384  # tokens scored together, padding included
+
+
+class TeacherConfig(BaseModel):
+    """Responses of a stronger model: a column that holds them, or a model to sample."""
+
+    model_config = STRICT
+
+    name: Name  # the source is recorded as teacher:<name>
+    column: str | None = None  # given responses: a text, or a list of texts
+    model: str | None = None  # or: a model, sampled by `engine`
+    count: PositiveInt = 3
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "TeacherConfig":
+        if (self.column is None) == (self.model is None):
+            raise ValueError("name exactly one of column and model")
+        return self
+
+    @property
+    def source(self) -> str:
+        return TEACHER_PREFIX + self.name
+
+
+class SelfConfig(BaseModel):
+    """Samples of the starting model itself."""
+
+    model_config = STRICT
+
+    count: Annotated[int, Field(ge=0)] = 4
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class ResponsesConfig(BaseModel):
+    """The group of each prompt. The paper's: 1 expert + 3 teacher + 4 self."""
+
+    model_config = ConfigDict(**STRICT, populate_by_name=True)
+
+    expert: ExpertConfig = ExpertConfig()
+    teachers: tuple[TeacherConfig, ...] = ()
+    own: SelfConfig = Field(default=SelfConfig(), alias="self")
+    max_tokens: PositiveInt = 2048  # samples stop here; a longer given text is left out and counted
+
+    @model_validator(mode="after")
+    def something_to_do(self) -> "ResponsesConfig":
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two teachers have the same name: {names}")
+        if self.size == 0:
+            raise ValueError("every count is 0: a group needs at least one response")
+        return self
+
+    @property
+    def size(self) -> int:
+        """K: responses of a complete group."""
+        return self.expert.count + sum(teacher.count for teacher in self.teachers) + self.own.count
+
+    @property
+    def given_counts(self) -> dict[str, int]:
+        """Source -> count, for the sources that are columns."""
+        given = {EXPERT: self.expert.count} if self.expert.count else {}
+        return given | {teacher.source: teacher.count for teacher in self.teachers if teacher.column}
+
+
+class ShardsConfig(BaseModel):
+    """How the data set is cut into files."""
+
+    model_config = STRICT
+
+    groups_per_shard: PositiveInt = 256
+    row_group_size: PositiveInt = 64
+    logprob_dtype: Literal["float32", "float16"] = "float32"
+
+
+class GenerateConfig(BaseModel):
+    """All of `gft generate`."""
+
+    model_config = STRICT
+
+    model: str  # the starting model: draws the self samples and gives the reference log-probs
+    out: str  # folder of the data set
+    prompts: PromptsConfig
+    reward: RewardConfig = RewardConfig()
+    responses: ResponsesConfig = ResponsesConfig()
+    engine: EngineConfig = EngineConfig()
+    shards: ShardsConfig = ShardsConfig()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def expert_has_a_column(self) -> "GenerateConfig":
+        if self.responses.expert.count and self.prompts.columns.expert is None:
+            raise ValueError(
+                f"responses.expert.count is {self.responses.expert.count} but prompts.columns.expert names no column: "
+                "name it, or set the count to 0"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that change the output; a run continues only where these are the same."""
+        return self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude={"out": True, "engine": {"batch_size", "batch_tokens", "device"}, "reward": {"workers"}},
+        )
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML settings file, apply `a.b=value` overrides, validate.
+
+    Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a value
+    of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; `gft init` writes a starter config")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return validate_config(kind, data, str(path))
+
+
+def validate_config(kind: type[Config], data: Mapping[str, Any], where: str) -> Config:
+    """Validate settings held in a mapping; `where` opens the error line."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(kind, dict(e)) for e in error.errors())) from None
+
+
+def recipe_differences(before: Any, now: Any) -> str:
+    """The settings in which two recipes differ, for an error of one line; empty where they are the same."""
+    differing = list(_differences(before, now, ""))
+    if not differing:
+        return ""
+    key, old, new = differing[0]
+    others = ", ".join(f"`{other}`" for other, *_ in differing[1:])
+    more = f" (also different: {others})" if others else ""
+    return f"`{key}` was {old!r} and is now {new!r}{more}"
+
+
+def _differences(before: Any, now: Any, path: str) -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*before, *(k for k in now if k not in before)]:
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield path, before, now
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: expected key=value, for example --set optim.lr=2e-6")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}: `{parent}` is not a block of settings")
+    try:
+        data[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys here: {', '.join(valid)}"
+        return f"unknown key `{location}`; {hint}"
+    if error["type"] == "missing":
+        return f"missing key `{location}`"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
+    return f"`{location}`: {message}{found}" if location else message
+
+
+def _valid_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Names of the settings in the block at `location`, found by walking the models' annotations."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = next(f for name, f in kind.model_fields.items() if part in (name, f.alias))
+        kind = next(found for found in _models_in(field.annotation))
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)

@@ -1,0 +1,28 @@
+"""What the pipeline asks of an engine. A Sampler draws responses, a Scorer gives log-probs of given tokens.
+
+Two Protocols, because an endpoint that returns only text can be a teacher and never the reference.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from gftdata.types import LogProbs, Sample, SampleRequest, Sampling, ScoreRequest
+
+
+class Sampler(Protocol):
+    """Draws responses."""
+
+    def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample]:
+        """Yield one sample for each request, in order of completion.
+
+        Requests of one prompt come one after the other. They are taken from the iterable as there is room for them.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Gives log-probs of tokens that are already there."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs]:
+        """log pi of each request's response tokens [T], in order: nats, temperature 1, full vocabulary."""
+        ...

@@ -1,0 +1,10 @@
+"""The one exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
+
+
+class UserError(Exception):
+    """Says what is wrong, where (file, row, key), what was expected and found, and what to do next."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, to be quoted in an error of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,60 @@
+"""Which model exactly: a name for people, a revision for comparison."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from gftdata.errors import UserError, first_line
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def model_revision(model: str) -> str:
+    """The exact version of a model: its Hub commit, or for a folder a hash over its weights and configuration.
+
+    Weight files are hashed by name, size and their first and last MiB: enough to tell two checkpoints apart, and fast
+    for any size of model.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return _hub_commit(model)
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *(p for pattern in WEIGHTS for p in folder.glob(pattern))]):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(2**20))
+                file.seek(max(0, size - 2**20))
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def shown_name(model: str) -> str:
+    """A model's name for records that leave the machine: a Hub id as it is, of a folder only its last part or two."""
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    return path.name if path.name not in ("model", "final") else f"{path.parent.name}/{path.name}"
+
+
+def context_length(model: str) -> int | None:
+    """Tokens the model can hold, prompt and response together, where its configuration says."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: cannot read its configuration: {first_line(error)}") from None
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def _hub_commit(model: str) -> str:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    return str(
+        getattr(config, "_commit_hash", None)
+        or hashlib.sha256(json.dumps(config.to_dict(), default=str).encode()).hexdigest()
+    )

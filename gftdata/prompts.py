@@ -1,0 +1,217 @@
+"""JSONL, Parquet, Hub data sets and task generators -> Prompt, by the field mapping of the config.
+
+Rows are streamed; what is wrong with one is said with its file, row number and column.
+"""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gftdata.config import PromptsConfig
+from gftdata.errors import UserError, first_line
+from gftdata.types import EXPERT, GivenText, Message, Prompt
+
+Row = Mapping[str, Any]
+
+
+def read_prompts(
+    config: PromptsConfig, given: Mapping[str, tuple[str, int]], *, needs_ground_truth: bool
+) -> Iterator[Prompt]:
+    """Stream the prompts of a source.
+
+    `given` maps a source (`expert`, `teacher:<name>`) to its column and the number of texts to take from it.
+    Raises UserError for a missing file, a missing column, an empty source or a malformed row.
+    """
+    where, rows = _open_rows(config)
+    seen: Counter[bytes] = Counter()
+    empty = True
+    for number, row in enumerate(itertools.islice(rows, config.limit), start=1):
+        empty = False
+        prompt = _to_prompt(config, given, row, f"{where}: row {number}", where)
+        if prompt.ground_truth is None and needs_ground_truth and config.on_missing_ground_truth == "error":
+            column = config.columns.ground_truth
+            raise UserError(
+                f"{where}: row {number}: no ground truth "
+                + (f"in column `{column}`" if column else "(prompts.columns.ground_truth names no column)")
+                + ", which the reward needs; set prompts.on_missing_ground_truth=keep to leave its responses unjudged"
+            )
+        digest = _digest(prompt)
+        seen[digest] += 1
+        yield _numbered(prompt, digest.hex(), seen[digest])
+    if empty:
+        raise UserError(f"{where}: holds no prompts")
+
+
+def prompt_to_json(prompt: Prompt) -> str:
+    """One line of JSON; the inverse is `prompt_from_json`."""
+    return json.dumps(asdict(prompt), ensure_ascii=False)
+
+
+def prompt_from_json(line: str) -> Prompt:
+    """The prompt that `prompt_to_json` wrote."""
+    data = json.loads(line)
+    data["messages"] = tuple(Message(**message) for message in data["messages"])
+    data["given"] = tuple(GivenText(**text) for text in data["given"])
+    return Prompt(**data)
+
+
+def _open_rows(config: PromptsConfig) -> tuple[str, Iterator[Row]]:
+    if config.path is not None:
+        path = Path(config.path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such prompt file (prompts.path)")
+        if path.suffix in (".jsonl", ".json", ".ndjson"):
+            return str(path), _jsonl_rows(path)
+        if path.suffix == ".parquet":
+            return str(path), _parquet_rows(path)
+        raise UserError(f"{path}: expected a .jsonl or .parquet file (prompts.path)")
+    if config.dataset is not None:
+        return config.dataset, _hub_rows(config)
+    assert config.reasoning_gym is not None
+    return f"reasoning_gym:{config.reasoning_gym.task}", _reasoning_gym_rows(config)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a Parquet file: {first_line(error)}") from None
+    with file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _hub_rows(config: PromptsConfig) -> Iterator[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(config.dataset, config.subset, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{config.dataset}: cannot load this data set (prompts.dataset): {first_line(error)}") from None
+    return iter(data)
+
+
+def _reasoning_gym_rows(config: PromptsConfig) -> Iterator[Row]:
+    import reasoning_gym
+
+    task = config.reasoning_gym
+    assert task is not None
+    try:
+        entries = reasoning_gym.create_dataset(task.task, size=task.size, seed=task.seed, **task.options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"reasoning_gym task `{task.task}`: {first_line(error)}") from None
+    for entry in entries:
+        yield {**entry, "reasoning_gym": {"task": task.task, "entry": entry}}
+
+
+def _to_prompt(
+    config: PromptsConfig, given: Mapping[str, tuple[str, int]], row: Row, where: str, origin: str
+) -> Prompt:
+    columns = config.columns
+    truth_column = columns.ground_truth or ("answer" if config.reasoning_gym else None)
+    extra_columns = (*columns.extra, *(["reasoning_gym"] if config.reasoning_gym else []))
+    truth = _cell(row, truth_column, where, "prompts.columns.ground_truth") if truth_column else None
+    source_id = _cell(row, columns.id, where, "prompts.columns.id") if columns.id else None
+    texts: list[GivenText] = []
+    for source, (column, count) in given.items():
+        key = "prompts.columns.expert" if source == EXPERT else "responses.teachers.column"
+        texts += [GivenText(source, text) for text in _texts(_cell(row, column, where, key), column, where)[:count]]
+    extra = {name: _cell(row, name, where, "prompts.columns.extra") for name in extra_columns}
+    try:
+        extra_json = json.dumps(extra, ensure_ascii=False, sort_keys=True)
+    except TypeError as error:
+        raise UserError(f"{where}: extra columns must be JSON values: {error}") from None
+    return Prompt(
+        prompt_id="",
+        source_id=None if source_id is None else str(source_id),
+        messages=_messages(config, row, where),
+        ground_truth=_scalar_text(truth, truth_column, where),
+        data_source=config.data_source or (Path(origin).name if config.path else origin),
+        given=tuple(texts),
+        extra=extra_json,
+    )
+
+
+def _messages(config: PromptsConfig, row: Row, where: str) -> tuple[Message, ...]:
+    system = () if config.system is None else (Message("system", config.system),)
+    if config.columns.messages is None:
+        column = config.columns.question or "question"
+        question = _cell(row, column, where, "prompts.columns.question")
+        if not isinstance(question, str) or not question:
+            raise UserError(f"{where}: column `{column}`: expected a question's text, found {question!r}")
+        # not str.format: a question or template full of LaTeX has braces of its own
+        text = question if config.template is None else config.template.replace("{question}", question)
+        return (*system, Message("user", text))
+    column = config.columns.messages
+    chat = _cell(row, column, where, "prompts.columns.messages")
+    try:
+        messages = tuple(Message(str(m["role"]), m["content"]) for m in chat)
+    except (TypeError, KeyError):
+        raise UserError(f"{where}: column `{column}`: expected a list of {{role, content}}, found {chat!r}") from None
+    if not messages or messages[-1].role != "user" or not all(isinstance(m.content, str) for m in messages):
+        raise UserError(f"{where}: column `{column}`: expected messages of text whose last one is the user's")
+    return (*system, *messages)
+
+
+def _cell(row: Row, column: str, where: str, key: str) -> Any:
+    """The value of a column; `a.b` also looks inside a struct."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UserError(f"{where}: no column `{column}` ({key}); it has: {', '.join(row)}")
+        value = value[part]
+    return value
+
+
+def _texts(value: Any, column: str, where: str) -> list[str]:
+    """A cell of responses: a text, a list of texts, or null; empty texts are no responses."""
+    items = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str | None) for item in items):
+        raise UserError(f"{where}: column `{column}`: expected a text or a list of texts, found {value!r}")
+    return [item for item in items if item]
+
+
+def _scalar_text(value: Any, column: str | None, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise UserError(f"{where}: column `{column}`: expected a text or a number as ground truth, found {value!r}")
+
+
+def _digest(prompt: Prompt) -> bytes:
+    canonical = json.dumps(
+        {"messages": [asdict(message) for message in prompt.messages], "ground_truth": prompt.ground_truth},
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+
+
+def _numbered(prompt: Prompt, digest: str, occurrence: int) -> Prompt:
+    return replace(prompt, prompt_id=digest if occurrence == 1 else f"{digest}-{occurrence}")

@@ -1,0 +1,348 @@
+"""The data set on disk: staged shards published in one step, commit records, manifest, verification, index.
+
+    DIR/data/train-00000-of-00032.parquet   complete by construction
+    DIR/manifest.json                       there when, and only when, the data set is final
+    DIR/.work/                              recipe, prompts, journals, staging, commit records
+
+Nothing here knows how responses come about; `generate.py` does.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gftdata.errors import UserError
+from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
+
+DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
+MAX_ROW_GROUP_BYTES = 100 * 2**20
+RECORD = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRecord(BaseModel):
+    """What a published shard file holds; made from the file itself."""
+
+    model_config = RECORD
+
+    name: str
+    sha256: str
+    rows: int
+    response_tokens: int
+    bytes: int
+
+
+class ModelRecord(BaseModel):
+    """A model that took part, and its exact revision (Hub commit, or hash of a local folder)."""
+
+    model_config = RECORD
+
+    role: str  # reference, self, teacher:<name>
+    name: str
+    revision: str
+
+
+class TokenizerRecord(BaseModel):
+    """The starting model's tokenizer, by what it does."""
+
+    model_config = RECORD
+
+    hash: str
+    template_hash: str
+    end_id: int
+    stop_ids: tuple[int, ...]
+
+
+class PromptCounts(BaseModel):
+    """What became of the rows of the prompt source and of given texts."""
+
+    model_config = RECORD
+
+    rows_read: int
+    prompts: int
+    prompts_too_long: int
+    given_missing: int  # fewer given texts than the recipe asks for
+    given_too_long: int  # given texts over responses.max_tokens, left out
+
+
+class SourceSummary(BaseModel):
+    """Responses of one source over the data set."""
+
+    model_config = RECORD
+
+    source: str
+    responses: int
+    judged: int
+    mean_reward: float | None  # over judged responses
+    pass_rate: float | None  # share of judged responses with reward 1
+    mean_tokens: float
+    truncated: int  # cut by the length limit
+    mean_ref_logprob: float  # nats per token
+
+
+class Summary(BaseModel):
+    """The data set in a few numbers."""
+
+    model_config = RECORD
+
+    groups: int
+    responses: int
+    response_tokens: int
+    groups_without_signal: int  # all judged rewards equal
+    groups_unjudged: int  # no response could be judged
+    sources: tuple[SourceSummary, ...]
+
+
+class Manifest(BaseModel):
+    """`manifest.json`."""
+
+    model_config = RECORD
+
+    format: str
+    schema_version: int
+    toolkit_version: str
+    recipe: dict[str, Any]
+    models: tuple[ModelRecord, ...]
+    tokenizer: TokenizerRecord
+    engine: str
+    packages: dict[str, str]
+    prompts: PromptCounts
+    teacher_samples_left_out: int  # drawn, but empty or over responses.max_tokens in this vocabulary
+    summary: Summary
+    shards: tuple[ShardRecord, ...]
+
+
+FORMAT = "gft-groups"
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    return f"train-{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def publish_shard(out: Path, shard: int, num_shards: int, table: pa.Table, row_group_size: int, dtype: str) -> None:
+    """Stage a shard, make it durable and publish it in one step; if another worker was first, its copy stays."""
+    target = out / DATA / shard_name(shard, num_shards)
+    staged = out / WORK / "staged" / f"{target.name}.{uuid.uuid4().hex}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    by_size = max(1, int(MAX_ROW_GROUP_BYTES / max(1, table.nbytes / max(1, table.num_rows))))
+    with staged.open("wb") as file:
+        pq.write_table(table, file, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        pass
+    finally:
+        staged.unlink()
+    _fsync_folder(target.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shard_record(out: Path, shard: int, num_shards: int) -> ShardRecord | None:
+    """The commit record of a published shard, written from the file if its worker died before; None if unpublished."""
+    name = shard_name(shard, num_shards)
+    path = out / DATA / name
+    if not path.is_file():
+        return None
+    record_path = out / WORK / "records" / f"{name}.json"
+    if record_path.is_file():
+        return ShardRecord.model_validate_json(record_path.read_bytes())
+    with pq.ParquetFile(path) as file:
+        num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
+        rows = file.metadata.num_rows
+    record = ShardRecord(
+        name=name,
+        sha256=sha256_file(path),
+        rows=rows,
+        response_tokens=int(num_tokens.sum()),
+        bytes=path.stat().st_size,
+    )
+    write_atomic(record_path, record.model_dump_json(indent=2))
+    return record
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    """Mark the data set final."""
+    write_atomic(out / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished data set. Raises UserError where there is none, or not one of ours."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data set folder")
+    if not path.is_file():
+        unfinished = (folder / WORK).is_dir()
+        raise UserError(
+            f"{folder}: "
+            + (
+                "an unfinished data set; run its `gft generate` again to finish it"
+                if unfinished
+                else "no manifest.json"
+            )
+        )
+    try:
+        data = json.loads(path.read_bytes())
+        if data.get("format") != FORMAT or data.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: expected format {FORMAT} version {SCHEMA_VERSION}, "
+                f"found {data.get('format')} version {data.get('schema_version')}"
+            )
+        manifest = Manifest.model_validate(data)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise UserError(f"{path}: not a manifest: {str(error).splitlines()[0]}") from None
+    for record in manifest.shards:
+        if Path(record.name).name != record.name or not record.name.endswith(".parquet"):
+            raise UserError(f"{path}: names a shard outside its data folder: {record.name!r}")
+    return manifest
+
+
+def shard_paths(folder: Path, manifest: Manifest) -> list[Path]:
+    return [folder / DATA / record.name for record in manifest.shards]
+
+
+def verify(folder: Path, *, progress: Callable[[str], None] = lambda name: None) -> list[str]:
+    """Everything that is wrong with a finished data set: files, checksums, schema, rows. Empty when it is whole."""
+    manifest = read_manifest(folder)
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for record in manifest.shards:
+        path = folder / DATA / record.name
+        progress(record.name)
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif (found := sha256_file(path)) != record.sha256:
+            problems.append(f"{path}: sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…")
+        else:
+            problems += _verify_shard(path, record, seen)
+    listed = {record.name for record in manifest.shards}
+    problems += [f"{p}: not in the manifest" for p in sorted((folder / DATA).glob("*")) if p.name not in listed]
+    rows = sum(record.rows for record in manifest.shards)
+    if rows != manifest.prompts.prompts:
+        problems.append(f"{folder}: {rows} rows in the manifest's shards for {manifest.prompts.prompts} prompts")
+    return problems
+
+
+def _verify_shard(path: Path, record: ShardRecord, seen: dict[str, str]) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(path) as file:
+            check_schema(file.schema_arrow, str(path))
+            if file.metadata.num_rows != record.rows:
+                yield f"{path}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                yield from check_rows(table, f"{path}: row group {group}")
+                for prompt_id in table["prompt_id"].to_pylist():
+                    if prompt_id in seen:
+                        yield f"{path}: prompt {prompt_id} is also in {seen[prompt_id]}"
+                    seen[prompt_id] = path.name
+    except (UserError, pa.ArrowException, OSError) as error:
+        yield f"{path}: {str(error).removeprefix(f'{path}: ')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The short columns of all groups: all that planning an epoch needs. G groups, R responses."""
+
+    paths: tuple[Path, ...]
+    path_of_group: npt.NDArray[np.int32]  # [G] index into paths
+    row_group_of_group: npt.NDArray[np.int32]  # [G] row group within the file
+    row_of_group: npt.NDArray[np.int32]  # [G] row within the row group
+    offsets: npt.NDArray[np.int64]  # [G+1] responses of group g are offsets[g]:offsets[g+1]
+    num_prompt_tokens: npt.NDArray[np.int32]  # [G]
+    num_tokens: npt.NDArray[np.int32]  # [R]
+    rewards: npt.NDArray[np.float32]  # [R] NaN where it could not be judged
+    source_names: tuple[str, ...]
+    source_codes: npt.NDArray[np.int32]  # [R] index into source_names
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.num_prompt_tokens)
+
+
+INDEX_COLUMNS = ["rewards", "sources", "num_tokens", "num_prompt_tokens"]
+
+
+def read_index(paths: Sequence[Path]) -> Index:
+    """Read the short columns of every shard."""
+    names: dict[str, int] = {}
+    parts: dict[str, list[npt.NDArray[Any]]] = {
+        key: [] for key in ("path", "row_group", "row", "sizes", "prompt", "tokens", "rewards", "codes")
+    }
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing; `gft validate` lists all that is wrong")
+        try:
+            with pq.ParquetFile(path) as file:
+                check_schema(file.schema_arrow, str(path))
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                table = file.read(columns=INDEX_COLUMNS).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        parts["path"].append(np.full(table.num_rows, number, np.int32))
+        parts["row_group"].append(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+        parts["row"].append(np.concatenate([np.arange(s, dtype=np.int32) for s in sizes] or [np.empty(0, np.int32)]))
+        sources = _flat(table, "sources").dictionary_encode()
+        local = np.array([names.setdefault(s, len(names)) for s in sources.dictionary.to_pylist()], dtype=np.int32)
+        parts["codes"].append(local[sources.indices.to_numpy()] if len(sources) else np.empty(0, np.int32))
+        parts["sizes"].append(pc.list_value_length(table["num_tokens"]).to_numpy().astype(np.int64))
+        parts["prompt"].append(table["num_prompt_tokens"].to_numpy())
+        parts["tokens"].append(_flat(table, "num_tokens").to_numpy())
+        parts["rewards"].append(_flat(table, "rewards").fill_null(float("nan")).to_numpy())
+
+    def join(key: str, dtype: Any) -> npt.NDArray[Any]:
+        return np.concatenate(parts[key]).astype(dtype) if parts[key] else np.empty(0, dtype)
+
+    return Index(
+        paths=tuple(paths),
+        path_of_group=join("path", np.int32),
+        row_group_of_group=join("row_group", np.int32),
+        row_of_group=join("row", np.int32),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(join("sizes", np.int64))]),
+        num_prompt_tokens=join("prompt", np.int32),
+        num_tokens=join("tokens", np.int32),
+        rewards=join("rewards", np.float32),
+        source_names=tuple(names),
+        source_codes=join("codes", np.int32),
+    )
+
+
+def _flat(table: pa.Table, column: str) -> pa.Array:
+    chunked = table[column].combine_chunks()
+    return (chunked if isinstance(chunked, pa.Array) else pa.concat_arrays(chunked.chunks)).flatten()

@@ -1,0 +1,147 @@
+"""The only place where text becomes token ids: chat template, plain text, the end-of-response token.
+
+Tokenizers are transformers' own; only fast ones (a `tokenizer.json`) are accepted, because a slow one has no exact
+description to compare with another's.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gftdata.errors import UserError, first_line
+from gftdata.types import Message, TokenIds
+
+_PROBE = "GFTPROBE"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A transformers tokenizer with what the toolkit derives from it once."""
+
+    backend: Any  # transformers.PreTrainedTokenizerFast
+    end_id: int  # closes a response: see `find_end_id`
+    stop_ids: tuple[int, ...]  # every id that ends a sampled response
+    hash: str  # what text becomes which ids: vocabulary, merges, normalisation, special tokens
+    template_hash: str  # the chat template's text, or that of "" where there is none
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """Load the tokenizer of a local folder or Hub model. Raises UserError where there is none to be had."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    check_model_path(model)
+    try:
+        backend = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
+    if not getattr(backend, "is_fast", False):
+        raise UserError(f"{model}: its tokenizer has no fast version (tokenizer.json), which is needed here")
+    end_id = find_end_id(backend, model)
+    stop_ids = {end_id}
+    if backend.eos_token_id is not None:
+        stop_ids.add(backend.eos_token_id)
+    try:
+        declared = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # a model without generation_config.json declares nothing
+        declared = None
+    stop_ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    return Tokenizer(backend, end_id, tuple(sorted(stop_ids)), tokenizer_hash(backend), template_hash(backend))
+
+
+def check_model_path(model: str) -> None:
+    """Refuse what can only be a mistyped path before a library turns it into a question to the Hub."""
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"{model}: not a model folder: it has no config.json")
+    elif looks_local or Path(model).exists():
+        raise UserError(f"{model}: no such model folder")
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenIds:
+    """Messages -> ids [P], generation prompt included.
+
+    With a chat template, that; without one a single user message is plain text, and anything more is refused.
+    """
+    backend = tokenizer.backend
+    if backend.chat_template:
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            ids = backend.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # jinja2 raises what the template's author chose
+            raise UserError(
+                f"the chat template refuses a prompt of roles {[m.role for m in messages]}: {error}"
+            ) from None
+    elif len(messages) == 1:
+        ids = backend(messages[0].content)["input_ids"]
+    else:
+        raise UserError(
+            f"the tokenizer has no chat template, so a prompt must be one message, found {len(messages)}; "
+            "use a model with a template, or prompts without a system message"
+        )
+    if len(ids) == 0:
+        raise UserError("a prompt is empty after tokenisation")
+    return np.asarray(ids, dtype=np.int32)
+
+
+def encode_response(tokenizer: Tokenizer, text: str, *, ended: bool) -> TokenIds:
+    """Response text -> ids [T]; `ended` appends the end-of-response token.
+
+    Special tokens that occur in the text are encoded as the text they are: a response must not be able to end itself.
+    """
+    ids = tokenizer.backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return np.asarray([*ids, tokenizer.end_id] if ended else ids, dtype=np.int32)
+
+
+def decode_response(tokenizer: Tokenizer, response_ids: TokenIds) -> str:
+    """Sampled ids [T] -> text, without the tokens that end a response."""
+    text: str = tokenizer.backend.decode(response_ids.tolist(), skip_special_tokens=True)
+    return text
+
+
+def next_token_inputs(prompt_ids: TokenIds, response_ids: TokenIds) -> tuple[TokenIds, int]:
+    """The shift by one: what goes into a model so that it predicts a response, and from where on it does.
+
+    Returns inputs [P+T-1] = (prompt + response) without the last token, and first = P-1: the logits at inputs
+    position first + t are those of response token t.
+    """
+    return np.concatenate([prompt_ids, response_ids])[:-1], len(prompt_ids) - 1
+
+
+def find_end_id(backend: Any, model: str) -> int:
+    """The token that ends an assistant's turn: what the chat template writes after it, else the EOS token.
+
+    The two often differ: ChatML ends a turn with `<|im_end|>` while `eos_token` may be `<|endoftext|>`.
+    """
+    if backend.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        rendered = backend.apply_chat_template(chat, tokenize=False)
+        tail = rendered.rpartition(_PROBE)[2]
+        tail_ids = backend(tail, add_special_tokens=False)["input_ids"] if tail else []
+        if tail_ids and tail_ids[0] in backend.added_tokens_decoder:
+            return int(tail_ids[0])
+    if backend.eos_token_id is None:
+        raise UserError(f"{model}: neither its chat template nor an eos_token says how a response ends")
+    return int(backend.eos_token_id)
+
+
+def tokenizer_hash(backend: Any) -> str:
+    """sha256 of what the tokenizer does, independent of file layout, padding and truncation settings."""
+    description = json.loads(backend.backend_tokenizer.to_str())
+    for setting in ("padding", "truncation", "version"):
+        description.pop(setting, None)
+    return _sha256(json.dumps(description, sort_keys=True, ensure_ascii=False))
+
+
+def template_hash(backend: Any) -> str:
+    """sha256 of the chat template."""
+    return _sha256(backend.chat_template or "")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -89,7 +89,7 @@ class RewardConfig(BaseModel):
     name: str = "math"  # math, numeric, exact, choice, reasoning_gym, or pkg.mod:function
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # a judgement that takes longer is killed: status timeout
     workers: PositiveInt | None = None  # judging processes; default: by the number of cores
-    memory_gb: Annotated[float, Field(gt=0)] = 4.0  # address space of one judging process
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0  # what one judging process may take beyond its libraries
 
 
 class SamplingConfig(BaseModel):

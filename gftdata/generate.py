@@ -7,6 +7,7 @@ started again only reads it back.
 
 import hashlib
 import importlib.metadata
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -180,6 +181,39 @@ def finish_shards(
 def _written_by(plan: Plan, phase: Phase) -> str:
     record = next(record for record in plan.models if record.role == phase.source)
     return f"{shown_name(record.name)}@{record.revision[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would do, found without doing it."""
+
+    prompts: PromptCounts
+    num_shards: int
+    shards_published: int
+    prompt_tokens: int  # of all prompts together
+    given_tokens: int  # of expert demonstrations and given teacher responses
+    sampled_responses: int
+    max_sampled_tokens: int  # if every sample ran to responses.max_tokens
+
+
+def preview(config: GenerateConfig) -> Preview:
+    """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
+    out = Path(config.out)
+    resolve(config.reward.name)
+    check_output(config, out)
+    survey = Survey(config, load_tokenizer(config.model))
+    num_prompts = sum(1 for _ in survey.prompts())
+    num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
+    sampled = num_prompts * sum(phase.count for phase in phases(config))
+    return Preview(
+        prompts=survey.counts(),
+        num_shards=num_shards,
+        shards_published=sum((out / DATA / shard_name(i, num_shards)).is_file() for i in range(num_shards)),
+        prompt_tokens=survey.prompt_tokens,
+        given_tokens=survey.given_tokens,
+        sampled_responses=sampled,
+        max_sampled_tokens=sampled * config.responses.max_tokens,
+    )
 
 
 def phases(config: GenerateConfig) -> list[Phase]:

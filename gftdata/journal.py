@@ -21,6 +21,8 @@ import numpy as np
 from gftdata.errors import UserError
 from gftdata.types import FinishReason, LogProbs, Sample, TokenIds
 
+MAX_OPEN = 64  # files held open at a time: a teacher's phase goes through all shards of the data set
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -72,7 +74,7 @@ class Journal:
             line = line[os.write(descriptor, line) :]
 
     def close_shard(self, shard: int) -> None:
-        """Make the shard's entries durable."""
+        """Make the shard's entries durable; more may follow."""
         if (descriptor := self._files.pop(shard, None)) is not None:
             os.fsync(descriptor)
             os.close(descriptor)
@@ -83,6 +85,8 @@ class Journal:
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
+            if len(self._files) == MAX_OPEN:
+                self.close_shard(next(iter(self._files)))
             folder = shard_folder(self._folder, shard)
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{self._attempt}.jsonl"

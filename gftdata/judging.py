@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
@@ -25,7 +26,7 @@ from gftdata.types import Prompt, Verdict
 Submit = Callable[[Prompt, str], Future[Verdict]]
 
 MAX_WORKERS = 8  # by default: judging is seldom what takes long, and each worker holds some 150 MB
-MAX_STARTS = 3  # of one judgement, when the pool breaks under it
+MAX_BREAKS = 3  # of the pool, with the same judgement among those that may have run
 START_LIMIT_S = 300.0  # for the first worker to be up
 ORPHAN_LIMIT_S = 5.0  # past its time limit, a worker nobody killed ends itself
 WORKER_DIED = Verdict(None, "error:worker_died")
@@ -38,7 +39,7 @@ class _Job:
     prompt: Prompt
     text: str
     future: Future[Verdict]
-    num_starts: int = 0
+    num_breaks: int = 0
 
 
 def default_workers() -> int:
@@ -61,7 +62,7 @@ def judge_pool(name: str, *, timeout_s: float, workers: int | None, memory_gb: f
     num_workers = default_workers() if workers is None else workers
     pool = _start_pool(name, num_workers, timeout_s, memory_gb)
     lock = threading.RLock()
-    jobs: set[_Job] = set()
+    jobs: dict[_Job, None] = {}  # unfinished ones, in the order in which workers take them
     stoppers: list[threading.Thread] = []
     closing = False
 
@@ -69,11 +70,10 @@ def judge_pool(name: str, *, timeout_s: float, workers: int | None, memory_gb: f
         with lock:
             if job not in jobs:
                 return
-            jobs.remove(job)
+            del jobs[job]
         job.future.set_result(verdict)
 
     def schedule(job: _Job) -> None:
-        job.num_starts += 1
         used = pool
         inner: Future[Verdict] = used.schedule(judge_in_worker, args=(job.prompt, job.text), timeout=timeout_s)
         inner.add_done_callback(lambda done: settle(job, done, used))
@@ -95,21 +95,27 @@ def judge_pool(name: str, *, timeout_s: float, workers: int | None, memory_gb: f
         # A worker that dies while no task is known to run breaks the whole of pebble's pool (an idle worker taken by
         # the out-of-memory killer, say), and tasks still queued there would never end: all of them start anew.
         nonlocal pool
-        given_up = []
+        given_up: list[_Job] = []
         with lock:
             if closing or broken is not pool:
                 return
-            pool = _new_pool(name, num_workers, timeout_s, memory_gb)
-            for job in tuple(jobs):
-                if job.num_starts < MAX_STARTS:
-                    schedule(job)
-                else:
-                    given_up.append(job)
+            while True:
+                # In a thread: this may run in one of the threads of the pool, which cannot wait for itself.
+                stoppers.append(threading.Thread(target=_stop, args=(pool,)))
+                stoppers[-1].start()
+                pool = _new_pool(name, num_workers, timeout_s, memory_gb)
+                for job in islice(jobs, num_workers):
+                    job.num_breaks += 1
+                given_up = [job for job in jobs if job.num_breaks >= MAX_BREAKS]
+                try:
+                    for job in tuple(jobs):
+                        if job.num_breaks < MAX_BREAKS:
+                            schedule(job)
+                    break
+                except RuntimeError:  # broken again already; ends, as each round counts against the first jobs
+                    continue
         for job in given_up:
             finish(job, WORKER_DIED)
-        # In a thread: this may run in one of the threads of the pool, which cannot wait for itself.
-        stoppers.append(threading.Thread(target=_stop, args=(broken,)))
-        stoppers[-1].start()
 
     def submit(prompt: Prompt, text: str) -> Future[Verdict]:
         job = _Job(prompt, text, Future())
@@ -117,16 +123,20 @@ def judge_pool(name: str, *, timeout_s: float, workers: int | None, memory_gb: f
         with lock:
             if closing:
                 raise RuntimeError("the judging pool is closed")
-            jobs.add(job)
-            if pool.active:
+            jobs[job] = None
+            try:
                 schedule(job)
-            else:
+            except RuntimeError:  # how pebble says that the pool is broken
                 replace(pool)
         return job.future
 
+    def unfinished() -> tuple[_Job, ...]:
+        with lock:
+            return tuple(jobs)
+
     try:
         yield submit
-        while waiting := tuple(job.future for job in tuple(jobs)):
+        while waiting := [job.future for job in unfinished()]:
             wait(waiting, timeout=1.0)
             if not pool.active:
                 replace(pool)
@@ -136,7 +146,7 @@ def judge_pool(name: str, *, timeout_s: float, workers: int | None, memory_gb: f
         _stop(pool)
         for stopper in stoppers:
             stopper.join()
-        for job in tuple(jobs):
+        for job in unfinished():
             job.future.set_exception(CancelledError())
 
 

@@ -53,7 +53,10 @@ def context_length(model: str) -> int | None:
 def _hub_commit(model: str) -> str:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: cannot read its configuration: {first_line(error)}") from None
     return str(
         getattr(config, "_commit_hash", None)
         or hashlib.sha256(json.dumps(config.to_dict(), default=str).encode()).hexdigest()

@@ -40,6 +40,10 @@ def read_prompts(
                 + (f"in column `{column}`" if column else "(prompts.columns.ground_truth names no column)")
                 + ", which the reward needs; set prompts.on_missing_ground_truth=keep to leave its responses unjudged"
             )
+        try:
+            prompt_to_json(prompt).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: row {number}: a text holds half of a surrogate pair, which is no character") from None
         digest = _digest(prompt)
         seen[digest] += 1
         yield _numbered(prompt, digest.hex(), seen[digest])
@@ -77,13 +81,13 @@ def _open_rows(config: PromptsConfig) -> tuple[str, Iterator[Row]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise UserError(f"{path}: line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number}: expected a JSON object, found {type(row).__name__}")
@@ -95,12 +99,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file: {first_line(error)}") from None
-    with file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file, or a damaged one: {first_line(error)}") from None
 
 
 def _hub_rows(config: PromptsConfig) -> Iterator[Row]:
@@ -148,7 +151,7 @@ def _to_prompt(
         source_id=None if source_id is None else str(source_id),
         messages=_messages(config, row, where),
         ground_truth=_scalar_text(truth, truth_column, where),
-        data_source=config.data_source or (Path(origin).name if config.path else origin),
+        data_source=config.data_source or (Path(origin).name if Path(origin).exists() else origin),
         given=tuple(texts),
         extra=extra_json,
     )
@@ -210,7 +213,7 @@ def _digest(prompt: Prompt) -> bytes:
         ensure_ascii=False,
         separators=(",", ":"),
     )
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(canonical.encode()).digest()
 
 
 def _numbered(prompt: Prompt, digest: str, occurrence: int) -> Prompt:

@@ -33,8 +33,7 @@ MAX_DIGITS, MAX_EXPONENT_DIGITS = 4000, 4  # int() refuses 4301 digits, and no a
 
 def _own_words(prompt: Prompt, text: str) -> str:
     """`text` without a verbatim copy of the question at its start: what the question says is not an answer."""
-    question = prompt.messages[-1].content.strip() if prompt.messages else ""
-    return text.strip().removeprefix(question)
+    return text.strip().removeprefix(prompt.messages[-1].content.strip() if prompt.messages else "")
 
 
 _BRACES = re.compile(r"\\boxed\s*+\{|(?<!\\)[{}]")
@@ -145,14 +144,11 @@ def chosen_letter(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None and (match := _BOXED_LETTER.match(boxed.strip())):
         return match[1]
-    if stated := list(_STATED_LETTER.finditer(text)):
-        return stated[-1][1] or stated[-1][2] or stated[-1][3]
+    if stated := _STATED_LETTER.findall(text):
+        return "".join(stated[-1])
     end = len(text.rstrip(" \t\r\n.*)]}$"))
-    letter = None
-    for match in _LONE_LETTER.finditer(text):
-        if match[1] or match[2] not in "AI" or match.end() == end:
-            letter = match[1] or match[2]
-    return letter
+    letters = [m[1] or m[2] for m in _LONE_LETTER.finditer(text) if m[1] or m[2] not in "AI" or m.end() == end]
+    return letters[-1] if letters else None
 
 
 def choice(prompt: Prompt, text: str) -> Verdict:
@@ -221,16 +217,13 @@ def reasoning_gym(prompt: Prompt, text: str) -> Verdict:
     Expects `{"reasoning_gym": {"task": name, "entry": {question, answer, metadata}}}` in `prompt.extra`. Some tasks
     run the answer through Python's `eval`: give such a job a sandbox (a container) if the model is not trusted.
     """
-    from reasoning_gym.factory import DATASETS, get_score_answer_fn
-
     try:
         source = json.loads(prompt.extra)["reasoning_gym"]
-        task, entry, expected = source["task"], dict(source["entry"]), source["entry"]["answer"]
+        task, entry, expected = str(source["task"]), dict(source["entry"]), source["entry"]["answer"]
     except (ValueError, KeyError, TypeError):
         return Verdict(None, "error:no_reasoning_gym_entry")
-    if task not in DATASETS:
+    if (score := _gym_scorer(task)) is None:
         return Verdict(None, "error:unknown_reasoning_gym_task")
-    score = get_score_answer_fn(task)
     if expected is not None and score(answer=expected, entry=entry) != 1:
         entry = _with_tuples(entry)  # JSON has made lists of tuples, and some tasks (arc_agi, rearc) compare them
         if score(answer=expected, entry=entry) != 1:
@@ -239,10 +232,17 @@ def reasoning_gym(prompt: Prompt, text: str) -> Verdict:
     answer = (before.rpartition("<answer>")[2] if closing and "<answer>" in before else text).strip()
     try:
         return _as_verdict(score(answer=answer, entry=entry)) if answer else WRONG  # some tasks credit any string
-    except Exception as error:  # the entry has been scored with its own answer, so this is the response's doing
+    except Exception as error:
         if isinstance(error, MemoryError) or expected is None:
             raise
-        return WRONG
+        return WRONG  # the entry has been scored with its own answer, so this is the response's doing
+
+
+@functools.cache
+def _gym_scorer(task: str) -> Callable[..., Any] | None:
+    from reasoning_gym.factory import DATASETS, get_score_answer_fn
+
+    return get_score_answer_fn(task) if task in DATASETS else None  # reads the task's data first: seconds for some
 
 
 def _with_tuples(value: Any) -> Any:
@@ -264,8 +264,7 @@ def _as_verdict(result: object) -> Verdict:
     if not isinstance(result, Real):
         return Verdict(None, "error:bad_return_type")
     number: Any = result
-    fits = -FLOAT32_MAX <= number <= FLOAT32_MAX  # NaN does not
-    return Verdict(float(number), "ok") if fits else Verdict(None, "error:not_finite")
+    return Verdict(float(number), "ok") if abs(number) <= FLOAT32_MAX else Verdict(None, "error:not_finite")
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """`gft eval`: pass@1 averaged over samples, pass@k, greedy, entropy and KL to a reference, on any prompt file."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,13 +16,14 @@ from gftdata.generate import sample_seed
 from gftdata.judging import judge_pool
 from gftdata.prompts import read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH
+from gftdata.shards import write_atomic
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import Prompt, Sample, SampleRequest, Sampling, ScoreRequest, Verdict
 from gfttrain.config import EvalConfig
 
 # Top-p this small keeps the likeliest token alone, so greedy decoding is one more way to sample.
 GREEDY_TOP_P = 1e-9
-EXAMPLES = 3
+EXAMPLES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class EvalResult:
     mean_tokens: float
     mean_reward: float
     pass_at: dict[int, float]  # k -> unbiased estimate
-    pass_at_1_stderr: float  # standard error over prompts
+    pass_at_1_stderr: float | None  # standard error over prompts, of at least two
     greedy: float | None
     entropy: float | None  # nats per token, estimated as the mean of -log pi over samples of pi itself
     kl: float | None  # KL(model || reference), nats per token, likewise
@@ -118,7 +121,7 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> Eva
         mean_tokens=num_tokens / len(drawn),
         mean_reward=float(np.nanmean(rewards_PN)),
         pass_at={k: float(np.nanmean(pass_at_k(judged_P, correct_P, k))) for k in sorted({1, *config.k})},
-        pass_at_1_stderr=float(np.nanstd(once_P, ddof=1) / math.sqrt(num_once)) if num_once > 1 else math.nan,
+        pass_at_1_stderr=float(np.nanstd(once_P, ddof=1) / math.sqrt(num_once)) if num_once > 1 else None,
         greedy=greedy,
         entropy=-sum(float(s.behavior_logprobs.sum(dtype=np.float64)) for s in drawn) / num_tokens if own else None,
         kl=_kl(config, tokenizer, drawn, num_tokens) if config.reference else None,
@@ -178,3 +181,9 @@ def _kl(config: EvalConfig, tokenizer: Tokenizer, drawn: Sequence[Sample], num_t
         for sample, score in zip(drawn, scores, strict=True)
     )
     return total / num_tokens
+
+
+def write_result(path: Path, config: EvalConfig, result: EvalResult) -> None:
+    """The result with the settings that made it, as JSON."""
+    data = {"result": asdict(result), "config": config.model_dump(mode="json")}
+    write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

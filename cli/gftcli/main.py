@@ -1,0 +1,184 @@
+"""The `gft` command: parse, call, print. What a command does is in gftdata and gfttrain.
+
+Those are imported inside the commands, so that `gft --help` is instant and needs neither torch nor transformers.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gftdata.errors import UserError
+
+app = typer.Typer(
+    name="gft",
+    help="Group Fine-Tuning: precompute groups of responses, then train on them with rectified coefficients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML settings; `gft init` writes a starter.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. --set optim.lr=2e-6. Repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
+Out = Annotated[str | None, typer.Option("--out", help="Overrides `out` of the config.")]
+Model = Annotated[str | None, typer.Option("--model", help="Overrides `model` of the config.")]
+
+
+@app.command()
+def generate(
+    config: ConfigFile, model: Model = None, out: Out = None, set_: Set = None, dry_run: DryRun = False
+) -> None:
+    """Turn prompts into response groups with rewards and reference log-probs, as Parquet shards.
+
+    Stopped at any moment, the same command continues.
+    """
+    from gftcli import progress, show
+    from gftdata.config import GenerateConfig, load_config
+
+    settings = load_config(GenerateConfig, config, _overrides(set_, model=model, out=out))
+    _quiet_libraries()
+    from gftdata import generate as generation
+
+    console = show.open_console()
+    if dry_run:
+        show.generation_plan(console, settings, generation.preview(settings))
+        return
+    with progress.generation(console, settings) as listener:
+        manifest = generation.generate(settings, listener)
+    show.manifest(console, settings.out, manifest)
+
+
+@app.command()
+def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of a finished data set.")]) -> None:
+    """Check a data set: schema, checksums, completeness, content. Names every bad file; exit code 1 if there is one."""
+    from gftcli import show
+    from gftdata.shards import read_manifest, verify
+
+    console = show.open_console()
+    manifest = read_manifest(data)
+    problems = verify(data)
+    for problem in problems:
+        console.print(problem, markup=False, soft_wrap=True)
+    if problems:
+        console.print(f"{data}: {len(problems)} problems", style="bold red", soft_wrap=True)
+        raise typer.Exit(1)
+    rows = sum(record.rows for record in manifest.shards)
+    console.print(f"{data}: whole: {rows:,} groups in {len(manifest.shards)} shards", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option("--data", help="Overrides `data` of the config.")] = None,
+    out: Out = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on response groups. Stopped at any moment, the same command resumes from the last checkpoint."""
+    from gftcli import progress, show
+    from gftdata.config import load_config
+    from gfttrain.config import TrainConfig
+
+    settings = load_config(TrainConfig, config, _overrides(set_, model=model, data=data, out=out))
+    _quiet_libraries()
+    from gfttrain import train as training
+
+    console = show.open_console()
+    if dry_run:
+        show.training_plan(console, settings, training.prepare(settings))
+        return
+    with progress.training(console, settings) as listener:
+        final = training.train(settings, listener)
+    console.print(f"\nTrained model: {final}", soft_wrap=True, highlight=False)
+    console.print(f"Metrics:       {Path(settings.out) / training.METRICS}", soft_wrap=True, highlight=False)
+
+
+@app.command("eval")
+def evaluate(config: ConfigFile, model: Model = None, out: Out = None, set_: Set = None) -> None:
+    """Measure pass@1 over samples, pass@k, greedy accuracy, entropy and KL to a reference, on any prompt file."""
+    from gftcli import progress, show
+    from gftdata.config import load_config
+    from gfttrain.config import EvalConfig
+
+    settings = load_config(EvalConfig, config, _overrides(set_, model=model, out=out))
+    _quiet_libraries()
+    from gfttrain import evaluate as evaluation
+
+    console = show.open_console()
+    with progress.evaluation(console) as listener:
+        result = evaluation.evaluate(settings, listener)
+    show.evaluation(console, result)
+    if settings.out:
+        evaluation.write_result(Path(settings.out), settings, result)
+        console.print(f"\nAs JSON: {settings.out}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the three files.")] = Path(),
+    model: Annotated[str, typer.Option("--model", help="The model to fine-tune: folder or Hub id.")] = "PATH-OR-HUB-ID",
+    prompts: Annotated[str, typer.Option("--prompts", help="Your prompts: .jsonl or .parquet.")] = "prompts.jsonl",
+) -> None:
+    """Write commented starter configs for your own model and data: generate.yaml, train.yaml, eval.yaml."""
+    from gftcli import show
+    from gftcli.starter import write_starter
+
+    console = show.open_console()
+    for path in write_starter(folder, model=model, prompts=prompts):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    console.print(
+        f"\nLook at the column names in {folder / 'generate.yaml'}, then:\n"
+        f"  gft generate {folder / 'generate.yaml'} --dry-run\n"
+        f"  gft generate {folder / 'generate.yaml'}\n"
+        f"  gft train {folder / 'train.yaml'}\n"
+        f"  gft eval {folder / 'eval.yaml'}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo writes.")] = Path("runs/demo"),
+) -> None:
+    """See the method at work in minutes on a laptop: generate, train six ways, compare."""
+    from gftcli import demo as demonstration
+    from gftcli import show
+
+    _quiet_libraries()
+    demonstration.run(show.open_console(), out)
+
+
+def _overrides(set_: list[str] | None, **options: str | None) -> list[str]:
+    return [*(set_ or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress bars; warnings of the libraries stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point. A mistake that the user can mend ends in one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

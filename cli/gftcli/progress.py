@@ -1,0 +1,133 @@
+"""Progress bars: events of the programs -> what one sees while waiting."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from gftdata.config import GenerateConfig
+    from gftdata.generate import Event as GenerateEvent
+    from gfttrain.config import TrainConfig
+    from gfttrain.evaluate import Event as EvalEvent
+    from gfttrain.train import Event as TrainEvent
+
+PLAIN_EVERY_S = 30.0  # seconds between lines where the output is a file and has no bar
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+class _PlainLines:
+    """The same news as plain lines, now and then, for a log file."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = time.monotonic() + PLAIN_EVERY_S
+
+    def say(self, line: str) -> None:
+        if not self._console.is_terminal and time.monotonic() >= self._next:
+            self._next = time.monotonic() + PLAIN_EVERY_S
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def generation(console: Console, config: "GenerateConfig") -> Iterator[Callable[["GenerateEvent"], None]]:
+    """Groups, samples, tokens/s, pass rate by source, time left."""
+    with _bars(console) as bars:
+        plain = _PlainLines(console)
+        groups = bars.add_task("groups", total=None, note="")
+        samples = bars.add_task("samples", total=None, note="", visible=False)
+        judged: Counter[str] = Counter()
+        passed: Counter[str] = Counter()
+        tokens, began = 0, time.monotonic()
+
+        def listen(event: "GenerateEvent") -> None:
+            nonlocal tokens, began
+            if event.kind == "groups":
+                bars.update(groups, total=event.count, completed=event.done)
+                if event.done:
+                    console.print(f"continuing: {event.done:,} of {event.count:,} groups are there already")
+            elif event.kind == "phase":
+                tokens, began = 0, time.monotonic()
+                bars.reset(samples, total=event.count, description=f"samples of {event.source}", visible=True)
+            elif event.kind == "sample":
+                tokens += event.tokens
+                bars.update(samples, advance=1, note=f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s")
+            elif event.kind == "judged" and event.reward is not None:
+                judged[event.source] += 1
+                passed[event.source] += event.reward == 1.0
+            elif event.kind == "shard":
+                rates = "  ".join(f"{source} {passed[source] / judged[source]:.2f}" for source in judged)
+                bars.update(groups, advance=event.count, note=f"pass rate: {rates}")
+            done = bars.tasks[groups]
+            plain.say(
+                f"{done.completed:,.0f} of {done.total or 0:,.0f} groups, "
+                f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s {done.fields['note']}"
+            )
+
+        yield listen
+
+
+@contextmanager
+def training(console: Console, config: "TrainConfig") -> Iterator[Callable[["TrainEvent"], None]]:
+    """Steps, loss, gradient norm, rectified share, tokens/s, time left."""
+    with _bars(console) as bars:
+        plain = _PlainLines(console)
+        steps = bars.add_task("training", total=None, note="")
+
+        def listen(event: "TrainEvent") -> None:
+            bars.update(steps, total=event.num_steps, completed=event.step)
+            for notice in event.notices:
+                console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
+            if event.kind == "start" and event.step:
+                console.print(f"resuming after step {event.step} of {event.num_steps}")
+            if event.kind == "step":
+                note = step_note(event.metrics)
+                bars.update(steps, note=note)
+                plain.say(f"step {event.step} of {event.num_steps}  {note}")
+
+        yield listen
+
+
+def step_note(metrics: "dict[str, float | int | None]") -> str:
+    """The few numbers of a step that fit on a line."""
+    parts = [f"loss {metrics['loss']:+.4f}", f"grad {metrics['grad_norm']:.3f}"]
+    if metrics.get("rectified_fraction") is not None:
+        parts.append(f"rectified {metrics['rectified_fraction']:.2f}")
+    return "  ".join([*parts, f"{metrics['tokens_per_second']:,.0f} tokens/s"])
+
+
+@contextmanager
+def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
+    """Samples, tokens/s, time left."""
+    with _bars(console) as bars:
+        plain = _PlainLines(console)
+        samples = bars.add_task("samples", total=None, note="")
+        tokens, began = 0, time.monotonic()
+
+        def listen(event: "EvalEvent") -> None:
+            nonlocal tokens
+            if event.kind == "start":
+                bars.update(samples, total=event.count)
+                return
+            tokens += event.tokens
+            note = f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s"
+            bars.update(samples, advance=1, note=note)
+            plain.say(f"{bars.tasks[samples].completed:,.0f} samples, {note}")
+
+        yield listen

@@ -1,0 +1,160 @@
+"""Results -> plain tables on the terminal."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gftdata.config import GenerateConfig
+    from gftdata.generate import Preview
+    from gftdata.shards import Manifest, SourceSummary
+    from gfttrain.config import TrainConfig
+    from gfttrain.evaluate import EvalResult
+    from gfttrain.train import Prepared
+
+
+def open_console() -> Console:
+    """The terminal, or, where the output is a file, something wide enough that no table is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def table(*columns: str) -> Table:
+    """A plain table: first column left, numbers right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return made
+
+
+def facts(console: Console, rows: dict[str, Any]) -> None:
+    """Name and value, a line each."""
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def generation_plan(console: Console, config: "GenerateConfig", preview: "Preview") -> None:
+    """What `gft generate` would do."""
+    counts, responses = preview.prompts, config.responses
+    sources = [f"{responses.expert.count} expert"] if responses.expert.count else []
+    sources += [f"{t.count} {t.source} ({t.model or f'column {t.column}'})" for t in responses.teachers]
+    sources += [f"{responses.own.count} self"] if responses.own.count else []
+    facts(
+        console,
+        {
+            "prompts": f"{counts.prompts:,} of {counts.rows_read:,} rows; {counts.prompts_too_long:,} are too long",
+            "group": f"{responses.size} responses: {' + '.join(sources)}",
+            "given texts": f"{counts.given_missing:,} missing, {counts.given_too_long:,} too long, left out",
+            "tokens": f"{preview.prompt_tokens:,} of prompts, {preview.given_tokens:,} of given responses, "
+            f"at most {preview.max_sampled_tokens:,} to sample in {preview.sampled_responses:,} responses",
+            "starting model": config.model,
+            "reward": config.reward.name,
+            "engine": config.engine.name,
+            "shards": f"{preview.num_shards}, {preview.shards_published} of them published already",
+            "output": f"{config.out} (nothing was written)",
+        },
+    )
+
+
+def manifest(console: Console, out: str, found: "Manifest") -> None:
+    """What is in a finished data set."""
+    sources(console, found.summary.sources)
+    summary, counts = found.summary, found.prompts
+    console.print()
+    left_out = {
+        "prompts too long": counts.prompts_too_long,
+        "given texts missing": counts.given_missing,
+        "given texts too long": counts.given_too_long,
+        "teacher samples empty or too long": found.teacher_samples_left_out,
+        "groups that could not be judged": summary.groups_unjudged,
+    }
+    facts(
+        console,
+        {
+            "groups": f"{summary.groups:,}",
+            "without signal": f"{summary.groups_without_signal:,} (all rewards of the group are equal)",
+            "left out": ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count) or "nothing",
+            "response tokens": f"{summary.response_tokens:,}",
+            "data set": f"{out} ({len(found.shards)} shards, {sum(s.bytes for s in found.shards) / 1e6:.1f} MB)",
+        },
+    )
+
+
+def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
+    """One line for each source of responses."""
+    rows = table("source", "responses", "pass rate", "reward", "unjudged", "tokens", "truncated", "log-prob")
+    for source in found:
+        rows.add_row(
+            source.source,
+            f"{source.responses:,}",
+            decimal(source.pass_rate),
+            decimal(source.mean_reward),
+            f"{source.responses - source.judged:,}",
+            decimal(source.mean_tokens, 1),
+            f"{source.truncated:,}",
+            decimal(source.mean_ref_logprob),
+        )
+    console.print(rows)
+
+
+def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared") -> None:
+    """What `gft train` would do."""
+    index, selection = prepared.index, prepared.selection
+    trained = int(selection.trained_R.sum())
+    zero = sum(
+        not selection.advantages_R[index.offsets[g] : index.offsets[g + 1]].any() for g in range(index.num_groups)
+    )
+    state = "finished already" if prepared.finished else f"{prepared.first_step} done" if prepared.first_step else "new"
+    facts(
+        console,
+        {
+            "steps": f"{len(prepared.steps):,} of {config.batch.groups_per_step} groups, epochs: {config.epochs} ({state})",
+            "groups": f"{index.num_groups:,}, {zero:,} of them without signal ({zero / index.num_groups:.1%})",
+            "responses": f"{int(selection.used_R.sum()):,} of {len(index.rewards):,} used, {trained:,} of them computed",
+            "tokens": f"{sum(step.num_loss_tokens for step in prepared.steps):,} response tokens in the loss",
+            "objective": config.objective.model_dump_json(exclude_defaults=True) + " (beside the defaults: GFT)",
+            "model": config.model,
+            "output": f"{config.out} (nothing was written)",
+        },
+    )
+    for notice in prepared.notices:
+        console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
+
+
+def evaluation(console: Console, result: "EvalResult") -> None:
+    """The numbers of one evaluation."""
+    rows = {
+        "model": result.model,
+        "prompts": f"{result.prompts:,} x {result.samples_per_prompt} samples"
+        + (f", {result.prompts_too_long:,} too long, skipped" if result.prompts_too_long else ""),
+        "pass@1": f"{result.pass_at[1]:.4f} (standard error {decimal(result.pass_at_1_stderr, 4)})",
+        **{f"pass@{k}": f"{value:.4f}" for k, value in result.pass_at.items() if k != 1},
+        "greedy": decimal(result.greedy, 4),
+        "mean reward": decimal(result.mean_reward, 4),
+        "entropy": f"{decimal(result.entropy, 4)} nats/token",
+        "KL to reference": f"{decimal(result.kl, 4)} nats/token",
+        "tokens": f"{result.mean_tokens:.1f} a sample, {result.truncated_samples:,} samples cut by the limit",
+        "unjudged": f"{result.unjudged_samples:,} samples",
+    }
+    if result.greedy is None:
+        del rows["greedy"]
+    if result.entropy is None:
+        del rows["entropy"]
+    if result.kl is None:
+        del rows["KL to reference"]
+    facts(console, rows)
+
+
+def relative(path: Path) -> str:
+    """A path as the reader would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

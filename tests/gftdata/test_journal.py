@@ -1,0 +1,149 @@
+"""The journal of finished samples: what a kill can do to it, and what it must not."""
+
+import base64
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gftdata.errors import UserError
+from gftdata.journal import Entry, Journal, entry_of, read_journal, shard_folder
+from gftdata.types import Sample, SampleRequest, Seed
+
+
+def entry(row: int = 0, index: int = 0, source: str = "self", text: str = "7") -> Entry:
+    rng = np.random.default_rng([row, index])
+    length = int(rng.integers(1, 9))
+    return Entry(
+        source,
+        row,
+        index,
+        text,
+        rng.integers(0, 2**31 - 1, length).astype(np.int32),
+        -rng.exponential(size=length).astype(np.float32),
+        "stop",
+        2**63 - 1 - row,
+        "m@1",
+    )
+
+
+def same(a: Entry, b: Entry) -> bool:
+    return (
+        a.response_ids.tobytes() == b.response_ids.tobytes()
+        and a.behavior_logprobs.tobytes() == b.behavior_logprobs.tobytes()
+        and (a.response_ids.dtype, a.behavior_logprobs.dtype) == (b.response_ids.dtype, b.behavior_logprobs.dtype)
+        and (a.key, a.text, a.finish_reason, a.seed, a.model) == (b.key, b.text, b.finish_reason, b.seed, b.model)
+    )
+
+
+def write(folder: Path, entries: list[Entry], shard: int = 0) -> Path:
+    before = set(shard_folder(folder, shard).glob("*"))
+    with closing(Journal(folder)) as journal:
+        for one in entries:
+            journal.append(shard, one)
+    (path,) = set(shard_folder(folder, shard).glob("*")) - before
+    return path
+
+
+def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
+    texts = ["", "two\nlines\r\u2028\x00", "été 😀 \\boxed{}", '{"a": 1}']
+    entries = [entry(row, k, text=texts[k]) for row in range(5) for k in range(4)]
+    extreme = np.array([-np.float32(1e-45), np.nextafter(np.float32(-1), np.float32(0)), -0.1, -3e38, -0.0], np.float32)
+    entries.append(Entry("teacher:x", 9, 0, "", np.arange(5, dtype=np.int32), extreme, "length", 0, "m"))
+    write(tmp_path, entries)
+    found = read_journal(tmp_path, 0)
+    assert list(found) == [one.key for one in entries]
+    assert all(same(found[one.key], one) for one in entries)
+    assert read_journal(tmp_path, 1) == {}
+
+
+def test_shards_are_kept_apart(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        for shard in (0, 3, 0):
+            journal.append(shard, entry(row=shard, index=len(read_journal(tmp_path, shard))))
+        journal.close_shard(0)
+        journal.append(0, entry(row=7))
+    assert set(read_journal(tmp_path, 0)) == {("self", 0, 0), ("self", 0, 1), ("self", 7, 0)}
+    assert set(read_journal(tmp_path, 3)) == {("self", 3, 0)}
+
+
+def test_an_entry_is_there_as_soon_as_append_returns(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        for k in range(5):
+            journal.append(0, entry(index=k))
+            assert len(read_journal(tmp_path, 0)) == k + 1
+
+
+def test_a_line_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:
+    entries = [entry(index=k) for k in range(3)]
+    path = write(tmp_path, entries)
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(last, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert list(read_journal(tmp_path, 0)) == [one.key for one in entries[:2]], cut
+
+
+def test_the_next_attempt_goes_on_after_a_torn_line(tmp_path: Path) -> None:
+    path = write(tmp_path, [entry(index=0), entry(index=1)])
+    path.write_bytes(path.read_bytes()[:-3])
+    write(tmp_path, [entry(index=1), entry(index=2)])
+    assert sorted(read_journal(tmp_path, 0)) == [("self", 0, k) for k in range(3)]
+
+
+def test_of_a_sample_drawn_in_two_attempts_the_first_counts(tmp_path: Path) -> None:
+    paths = [write(tmp_path, [entry(text=text)]) for text in ("one", "two")]
+    first, second = sorted(paths)
+    assert first != second
+    texts = {path: text for path, text in zip(paths, ("one", "two"), strict=True)}
+    for _ in range(2):
+        assert read_journal(tmp_path, 0)["self", 0, 0].text == texts[first]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_any_other_damage_is_refused_with_its_place(
+    tmp_path: Path, one_line: Callable[[BaseException], str], number: int
+) -> None:
+    path = write(tmp_path, [entry(index=k) for k in range(3)])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    start = sum(map(len, lines[: number - 1]))
+    for at in (start, start + 8, start + 9, start + len(lines[number - 1]) // 2):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            read_journal(tmp_path, 0)
+        assert f"{path}: line {number} is damaged" in one_line(caught.value)
+
+
+def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path: Path) -> None:
+    """A teacher's phase goes through all shards of the data set before any is finished."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("needs /proc")
+    before = len(os.listdir(descriptors))
+    with closing(Journal(tmp_path)) as journal:
+        for attempt in range(2):
+            for shard in range(300):
+                journal.append(shard, entry(index=attempt))
+        assert len(os.listdir(descriptors)) - before < 100
+    assert len(os.listdir(descriptors)) <= before
+    assert all(len(read_journal(tmp_path, shard)) == 2 for shard in range(300))
+    assert all(len(list(shard_folder(tmp_path, shard).iterdir())) == 1 for shard in range(300))
+
+
+def test_a_sample_becomes_the_entry_of_its_place() -> None:
+    request = SampleRequest("p", 2, np.array([5], np.int32), Seed(2**62))
+    sample = Sample(request, "t", np.array([1], np.int32), np.array([-0.5], np.float32), "length")
+    made = entry_of(sample, "self", 4, "m@1")
+    assert made.key == ("self", 4, 2)
+    assert (made.text, made.finish_reason, made.seed, made.model) == ("t", "length", 2**62, "m@1")
+
+
+def test_numbers_are_stored_little_endian(tmp_path: Path) -> None:
+    path = write(tmp_path, [Entry("self", 0, 0, "", np.array([258], np.int32), np.zeros(1, np.float32), "stop", 1, "")])
+    assert base64.b64encode(b"\x02\x01\x00\x00") in path.read_bytes()

@@ -125,6 +125,17 @@ class EngineConfig(BaseModel):
     batch_tokens: PositiveInt = 16384  # tokens scored together, padding included
 
 
+class SglangConfig(BaseModel):
+    """SGLang's offline engine in a child process, perhaps in another environment."""
+
+    model_config = STRICT
+
+    name: Literal["sglang"]
+    python: str | None = None  # interpreter of an environment that has SGLang; default: this one
+    max_in_flight: PositiveInt = 256  # requests with the engine at a time
+    options: dict[str, Any] = {}  # of sglang.Engine: tp_size, dp_size, mem_fraction_static, quantization, ...
+
+
 class TeacherConfig(BaseModel):
     """Responses of a stronger model: a column that holds them, or a model to sample."""
 

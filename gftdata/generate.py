@@ -292,8 +292,13 @@ class Survey:
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._readers = {config.model: tokenizer}  # every model that the prompts are put to
+        for phase in phases(config):
+            if phase.model not in self._readers:
+                self._readers[phase.model] = load_tokenizer(phase.model)
+        self._longest = dict.fromkeys(self._readers, 0)
         self._read = self._too_long = self._given_missing = self._given_too_long = 0
-        self.prompt_tokens = self.longest = self.given_tokens = 0
+        self.prompt_tokens = self.given_tokens = 0
 
     def prompts(self) -> Iterator[Prompt]:
         """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
@@ -302,7 +307,8 @@ class Survey:
         wanted = sum(config.responses.given_counts.values())
         for prompt in read_prompts(config.prompts, grouping.given_columns(config), needs_ground_truth=needs_truth):
             self._read += 1
-            length = len(encode_prompt(self._tokenizer, prompt.messages))
+            lengths = {model: self._length(model, prompt) for model in self._readers}
+            length = lengths[config.model]
             if length > limit:
                 if config.prompts.on_too_long == "error":
                     raise UserError(
@@ -316,16 +322,23 @@ class Survey:
             self._given_too_long += len(prompt.given) - len(completions)
             self.given_tokens += sum(len(completion.response_ids) for completion in completions)
             self.prompt_tokens += length
-            self.longest = max(self.longest, length)
+            self._longest = {model: max(longest, lengths[model]) for model, longest in self._longest.items()}
             yield prompt
         if self._read == self._too_long:
             raise UserError(f"all {self._read} prompts are longer than prompts.max_prompt_tokens={limit}")
-        context = context_length(config.model)
-        if context is not None and self.longest + config.responses.max_tokens > context:
-            raise UserError(
-                f"{config.model} holds {context} tokens, but the longest prompt has {self.longest} and "
-                f"responses.max_tokens is {config.responses.max_tokens}; lower that, or prompts.max_prompt_tokens"
-            )
+        for model, longest in self._longest.items():
+            context = context_length(model)
+            if context is not None and longest + config.responses.max_tokens > context:
+                raise UserError(
+                    f"{model} holds {context} tokens, but the longest prompt has {longest} and "
+                    f"responses.max_tokens is {config.responses.max_tokens}; lower that, or prompts.max_prompt_tokens"
+                )
+
+    def _length(self, model: str, prompt: Prompt) -> int:
+        try:
+            return len(encode_prompt(self._readers[model], prompt.messages))
+        except UserError as error:
+            raise UserError(f"prompt {self._read}: {model}: {error}") from None
 
     def counts(self) -> PromptCounts:
         """What became of the rows; complete when `prompts` has been exhausted."""
@@ -482,13 +495,13 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan, tokenizer: Tokenizer
     return manifest
 
 
-def _without_folders(value: Any) -> Any:
+def _without_folders(value: Any, key: str = "") -> Any:
     """A recipe as it may be shared: absolute paths are cut to their last part."""
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {name: _without_folders(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and Path(value).is_absolute():
+    if key in ("model", "path", "dataset") and isinstance(value, str) and Path(value).is_absolute():
         return shown_name(value) if Path(value).is_dir() else Path(value).name
     return value
 

@@ -43,7 +43,9 @@ def read_prompts(
         try:
             prompt_to_json(prompt).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: row {number}: a text holds half of a surrogate pair, which is no character") from None
+            raise UserError(
+                f"{where}: row {number}: a text holds half of a surrogate pair, which is no character"
+            ) from None
         digest = _digest(prompt)
         seen[digest] += 1
         yield _numbered(prompt, digest.hex(), seen[digest])

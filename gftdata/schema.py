@@ -207,17 +207,18 @@ def check_rows(table: pa.Table, where: str) -> list[str]:
 
     for i, row in enumerate(table.to_pylist()):
         sizes = {name: len(row[name]) if row[name] is not None else -1 for name in PER_RESPONSE}
-        if len(set(sizes.values())) != 1:
+        if len(set(sizes.values())) != 1 or -1 in sizes.values():
             complain(i, f"per-response columns of different lengths: {json.dumps(sizes)}")
             continue
         if row["num_prompt_tokens"] != len(row["prompt_ids"] or ()) or not row["prompt_ids"]:
             complain(i, "num_prompt_tokens is not the length of prompt_ids")
-        for k, ids in enumerate(row["response_ids"]):
-            logprobs = np.asarray(row["ref_logprobs"][k], dtype=np.float32)
+        for k, response_ids in enumerate(row["response_ids"]):
+            ids = response_ids or []
+            logprobs = np.asarray(row["ref_logprobs"][k] or [], dtype=np.float32)
             if not len(ids) == row["num_tokens"][k] == len(logprobs) or not ids:
                 complain(i, f"response {k}: num_tokens, response_ids and ref_logprobs differ in length, or are empty")
-            elif min(ids) < 0:
-                complain(i, f"response {k}: negative token id")
+            elif None in ids or min(ids) < 0:
+                complain(i, f"response {k}: negative or null token id")
             elif not np.isfinite(logprobs).all() or (logprobs > 0).any():
                 complain(i, f"response {k}: a reference log-prob is positive or not finite")
             if (row["rewards"][k] is None) == (row["reward_status"][k] == "ok"):

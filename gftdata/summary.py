@@ -14,19 +14,19 @@ _COLUMNS = ["sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_m
 def summarise(paths: Sequence[Path]) -> Summary:
     """Count groups, responses, verdicts and lengths over the given shards."""
     groups = pl.scan_parquet(list(paths)).select(_COLUMNS).with_row_index("group")
-    responses = groups.explode(_COLUMNS)
+    num_groups = groups.select(pl.len()).collect().item()
+    # what an empty list explodes to, a row of nulls or none, depends on polars' version
+    responses = groups.explode(_COLUMNS).filter(pl.col("sources").is_not_null())
     signal = responses.group_by("group").agg(
         judged=pl.col("rewards").count(), lowest=pl.col("rewards").min(), highest=pl.col("rewards").max()
     )
     judged = pl.col("judged") > 0
     totals = signal.select(
-        groups=pl.len(),
         without_signal=(judged & (pl.col("lowest") == pl.col("highest"))).sum(),
-        unjudged=(~judged).sum(),
+        judged=judged.sum(),
     ).collect()
     by_source = (
-        responses.filter(pl.col("sources").is_not_null())
-        .group_by("sources", maintain_order=True)
+        responses.group_by("sources", maintain_order=True)
         .agg(
             responses=pl.len(),
             judged=pl.col("rewards").count(),
@@ -41,11 +41,11 @@ def summarise(paths: Sequence[Path]) -> Summary:
     )
     rows = by_source.to_dicts()
     return Summary(
-        groups=totals["groups"][0],
+        groups=num_groups,
         responses=sum(row["responses"] for row in rows),
         response_tokens=sum(row["tokens"] for row in rows),
         groups_without_signal=totals["without_signal"][0],
-        groups_unjudged=totals["unjudged"][0],
+        groups_unjudged=num_groups - totals["judged"][0],
         sources=tuple(_source(row) for row in rows),
     )
 

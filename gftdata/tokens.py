@@ -75,7 +75,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenIds
             ids = backend.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
         except Exception as error:  # jinja2 raises what the template's author chose
             raise UserError(
-                f"the chat template refuses a prompt of roles {[m.role for m in messages]}: {error}"
+                f"the chat template refuses a prompt of roles {[m.role for m in messages]}: {first_line(error)}"
             ) from None
     elif len(messages) == 1:
         ids = backend(messages[0].content)["input_ids"]

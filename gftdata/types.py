@@ -78,6 +78,15 @@ class Sample:
     response_ids: TokenIds  # [T], end token included when it ended by itself
     behavior_logprobs: LogProbs  # [T], nats, temperature-scaled, before top-p
     finish_reason: FinishReason
+    seed: int | None  # None where the engine does not honour seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that the engine gave up, and why."""
+
+    request: SampleRequest
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_valid
 from gftdata.config import STRICT, EngineConfig, PromptsConfig, RewardConfig, SamplingConfig
 
 NonNegative = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ObjectiveConfig(BaseModel):
@@ -43,7 +44,7 @@ class OptimConfig(BaseModel):
     model_config = STRICT
 
     lr: Annotated[float, Field(gt=0)] = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: NonNegative = 0.01
     schedule: str = "constant_with_warmup"  # a name of transformers' schedules: linear, cosine, ...

@@ -47,7 +47,7 @@ class EvalResult:
     truncated_samples: int
     mean_tokens: float
     mean_reward: float
-    pass_at: dict[int, float]  # k -> unbiased estimate
+    pass_at: dict[int, float]  # k -> unbiased estimate over prompts with k judged samples; no entry where none has
     pass_at_1_stderr: float | None  # standard error over prompts, of at least two
     greedy: float | None
     entropy: float | None  # nats per token, estimated as the mean of -log pi over samples of pi itself
@@ -120,7 +120,11 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> Eva
         truncated_samples=sum(sample.finish_reason == "length" for sample in drawn),
         mean_tokens=num_tokens / len(drawn),
         mean_reward=float(np.nanmean(rewards_PN)),
-        pass_at={k: float(np.nanmean(pass_at_k(judged_P, correct_P, k))) for k in sorted({1, *config.k})},
+        pass_at={
+            k: float(np.nanmean(pass_at_k(judged_P, correct_P, k)))
+            for k in sorted({1, *config.k})
+            if k <= judged_P.max()
+        },
         pass_at_1_stderr=float(np.nanstd(once_P, ddof=1) / math.sqrt(num_once)) if num_once > 1 else None,
         greedy=greedy,
         entropy=-sum(float(s.behavior_logprobs.sum(dtype=np.float64)) for s in drawn) / num_tokens if own else None,

@@ -4,6 +4,7 @@ Shapes: B rows, L positions, N response tokens, V vocabulary.
 """
 
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ import torch
 from transformers import AutoConfig
 
 from gftdata.engines.hf import load_model
+from gftdata.errors import UserError
 from gftdata.tokens import Tokenizer
 from gfttrain.config import TrainConfig
-from gfttrain.stream import Batch
+from gfttrain.stream import Batch, Example, collate
+
+PACKING_TOLERANCE = 1e-2  # nats; rounding in float32 stays far below, a leak far above
 
 
 def load_for_training(config: TrainConfig, device: torch.device) -> Any:
     """A transformers model with float32 weights: at a learning rate of 1e-6, bfloat16 would lose the updates."""
     model = load_model(config.model, torch.float32, device)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renames it on the way; the older name warns where both are there
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.train()
 
 
@@ -44,6 +50,22 @@ def response_logprobs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     with torch.no_grad():
         entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
     return logprobs_NV.gather(-1, batch.target_ids_N.unsqueeze(-1)).squeeze(-1), entropy_N
+
+
+@torch.no_grad()
+def check_packing(model: Any, examples: Sequence[Example]) -> None:
+    """Raise UserError where responses packed into one row do not get the log-probs that each has alone.
+
+    Not every family separates them by their positions: state-space and linear-attention layers, and models that take
+    positions from the attention mask or a bias, run over the border.
+    """
+    model.eval()  # dropout would differ
+    device = next(model.parameters()).device
+    packed_N, _ = response_logprobs(model, collate(examples, "packed").to(device))
+    alone_N = torch.cat([response_logprobs(model, collate([example]).to(device))[0] for example in examples])
+    model.train()
+    if (packed_N - alone_N).abs().max() > PACKING_TOLERANCE:
+        raise UserError(f"{type(model).__name__} mixes responses that are packed into one row; set batch.layout=padded")
 
 
 def export(model: Any, tokenizer: Tokenizer, base_model: str, target: Path) -> None:

@@ -6,7 +6,7 @@ Read it downward: `prepare` finds every mistake and plans the run without loadin
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from gftdata.models import model_revision
 from gftdata.shards import Index, Manifest, read_index, read_manifest, shard_paths, write_atomic
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gfttrain import checkpoint, metrics
-from gfttrain.config import TrainConfig
-from gfttrain.model import autocast, export, load_for_training, response_logprobs
+from gfttrain.config import BatchConfig, TrainConfig
+from gfttrain.model import autocast, check_packing, export, load_for_training, response_logprobs
 from gfttrain.objective import token_losses
 from gfttrain.plan import (
     Row,
@@ -97,6 +97,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f"{resume_from}: was saved on other data: the schedule of steps differs; restore the data, or name "
             "another run folder (out)"
         )
+    _scheduler(config, _optimizer(config, [torch.zeros(1)]), len(steps))  # a wrong name is found here
     finished = (out / FINAL).is_dir()
     return Prepared(tokenizer, index, selection, steps, digest, resume_from, position.step, finished, tuple(notices))
 
@@ -112,23 +113,20 @@ def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
     out, steps = Path(config.out), prepared.steps
     if prepared.finished:
         return out / FINAL
-    write_run_file(config, out)
-    metrics.cut_back(out / METRICS, prepared.first_step)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     model = load_for_training(config, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-    )
+    optimizer = _optimizer(config, model.parameters())
     scheduler = _scheduler(config, optimizer, len(steps))
     reader = ShardReader(prepared.index, prepared.selection, config.batch.shuffle_row_groups)
+    if config.batch.layout == "packed" and (rows := _longest_rows(prepared)):
+        check_packing(model, reader.examples(rows))
     old_logprobs: dict[str, torch.Tensor] = {}
     if prepared.resume_from is not None:
         old_logprobs = checkpoint.restore(prepared.resume_from, model, optimizer, scheduler, device)
+    # nothing was written before this line: whatever is wrong with the model or the settings has shown by now
+    write_run_file(config, out)
+    metrics.cut_back(out / METRICS, prepared.first_step)
     on_event(Event("start", prepared.first_step, len(steps), {}, prepared.notices))
 
     for number in range(prepared.first_step, len(steps)):
@@ -211,22 +209,40 @@ def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manife
 def _check_output(config: TrainConfig, out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / RUN).is_file():
-        raise UserError(f"{out}: not empty and not a run of gft train; name another folder (out)")
-    run = json.loads((out / RUN).read_bytes())
-    differing = recipe_differences(run["recipe"], config.recipe())
+    try:
+        run = json.loads((out / RUN).read_bytes())
+        recipe, revision = run["recipe"], run["revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out}: not empty and not a run of gft train; name another folder (out)") from None
+    differing = recipe_differences(recipe, config.recipe())
     if differing:
         raise UserError(f"{out}: was begun with another config: {differing}; or name another folder (out)")
-    if run["revision"] != model_revision(config.model):
+    if revision != model_revision(config.model):
         raise UserError(f"{out}: was begun from other weights of {config.model}; name another folder (out)")
 
 
+def _optimizer(config: TrainConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    optim = config.optim
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+
+
 def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    name = config.optim.schedule
     warmup = math.ceil(config.optim.warmup_ratio * num_steps)
     try:
-        return get_scheduler(config.optim.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"optim.schedule: {error}") from None
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+    except (ValueError, KeyError, TypeError) as error:  # TypeError: it needs a setting of its own
+        raise UserError(f"optim.schedule {name} cannot be used: {error}") from None
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise UserError(f"optim.schedule {name} follows a metric; use one of the number of steps, such as cosine")
+    return scheduler
+
+
+def _longest_rows(prepared: Prepared) -> list[Row]:
+    """The two longest responses of the first step that has any."""
+    everything = BatchConfig(micro_batch_tokens=2**62)
+    steps = (micro_batches(prepared.index, prepared.selection, step, everything) for step in prepared.steps)
+    return next((cuts[0][:2] for cuts in steps if cuts), [])
 
 
 def _batches(

@@ -107,17 +107,18 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
 def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared") -> None:
     """What `gft train` would do."""
     index, selection = prepared.index, prepared.selection
-    trained = int(selection.trained_R.sum())
     zero = sum(
         not selection.advantages_R[index.offsets[g] : index.offsets[g + 1]].any() for g in range(index.num_groups)
     )
+    epochs, batch = config.epochs, config.batch.groups_per_step
     state = "finished already" if prepared.finished else f"{prepared.first_step} done" if prepared.first_step else "new"
+    used, trained = int(selection.used_R.sum()), int(selection.trained_R.sum())
     facts(
         console,
         {
-            "steps": f"{len(prepared.steps):,} of {config.batch.groups_per_step} groups, epochs: {config.epochs} ({state})",
+            "steps": f"{len(prepared.steps):,} of {batch} groups, {epochs} epochs ({state})",
             "groups": f"{index.num_groups:,}, {zero:,} of them without signal ({zero / index.num_groups:.1%})",
-            "responses": f"{int(selection.used_R.sum()):,} of {len(index.rewards):,} used, {trained:,} of them computed",
+            "responses": f"{used:,} of {len(index.rewards):,} used, {trained:,} of them computed",
             "tokens": f"{sum(step.num_loss_tokens for step in prepared.steps):,} response tokens in the loss",
             "objective": config.objective.model_dump_json(exclude_defaults=True) + " (beside the defaults: GFT)",
             "model": config.model,

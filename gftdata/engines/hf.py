@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from gftdata.config import EngineConfig
 from gftdata.errors import UserError, first_line
@@ -123,7 +130,9 @@ class HfEngine:
     def _sample_batch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Sample]:
         prompts = _Prompts.of([r.prompt_ids for r in requests])
         self._check_length(max(prompts.lengths_B) + sampling.max_tokens)
+        num_prompt_tokens = prompts.ids_BP.shape[1]
         draw = _InverseCdf([int(r.seed) for r in requests], sampling, self.model.device)
+        stop = [_StopTexts(self.tokenizer, sampling.stop, num_prompt_tokens)] if sampling.stop else []
         output_BL = self.model.generate(
             input_ids=self._put(prompts.ids_BP),
             attention_mask=self._put(prompts.mask_BP),
@@ -133,34 +142,28 @@ class HfEngine:
             eos_token_id=list(self.tokenizer.stop_ids),
             pad_token_id=self.tokenizer.end_id,
             logits_processor=LogitsProcessorList([draw]),
-            stop_strings=list(sampling.stop) or None,
-            tokenizer=self.tokenizer.backend if sampling.stop else None,
+            stopping_criteria=StoppingCriteriaList(stop),
         )
-        new_BT = output_BL[:, prompts.ids_BP.shape[1] :].cpu().numpy().astype(np.int32)
+        new_BT = output_BL[:, num_prompt_tokens:].cpu().numpy().astype(np.int32)
         logprobs_BT = torch.stack(draw.logprobs, dim=1).float().cpu().numpy()
         for request, ids_T, logprobs_T in zip(requests, new_BT, logprobs_BT, strict=True):
             length, reason = self._end_of(ids_T, sampling)
             ids = ids_T[:length].copy()
             text = decode_response(self.tokenizer, ids)
-            yield Sample(request, text, ids, logprobs_T[:length].copy(), reason)
+            yield Sample(request, text, ids, logprobs_T[:length].copy(), reason, int(request.seed))
 
     def _end_of(self, ids_T: TokenIds, sampling: Sampling) -> tuple[int, FinishReason]:
         """Where a row ended by itself: at its first end token or stop text. What follows is padding."""
         ends = np.flatnonzero(np.isin(ids_T, self.tokenizer.stop_ids))
         length = int(ends[0]) + 1 if len(ends) else len(ids_T)
         reason: FinishReason = "stop" if len(ends) else "length"
-        if sampling.stop:
-
-            def stopped(n: int) -> bool:
-                text = decode_response(self.tokenizer, ids_T[:n])
-                return any(stop in text for stop in sampling.stop)
-
-            if stopped(length):
-                low, high = 1, length
-                while low < high:
-                    middle = (low + high) // 2
-                    low, high = (low, middle) if stopped(middle) else (middle + 1, high)
-                return low, "stop"
+        if sampling.stop and _holds(self.tokenizer, ids_T[:length], sampling.stop):
+            low, high = 1, length
+            while low < high:
+                middle = (low + high) // 2
+                held = _holds(self.tokenizer, ids_T[:middle], sampling.stop)
+                low, high = (low, middle) if held else (middle + 1, high)
+            return low, "stop"
         return length, reason
 
     def _prefill(self, prompts: "_Prompts") -> Any:
@@ -237,6 +240,31 @@ def _pad(rows: Sequence[TokenIds], *, left: bool) -> torch.Tensor:
         if not left:
             padded[row, : len(ids)] = ids
     return torch.from_numpy(padded)
+
+
+def _holds(tokenizer: Tokenizer, ids_T: TokenIds, stop: Sequence[str]) -> bool:
+    text = decode_response(tokenizer, ids_T)
+    return any(part in text for part in stop)
+
+
+class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row whose response holds a stop text.
+
+    Not transformers' own stop_strings: those also match a text that begins in the prompt, and do not work with every
+    tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], num_prompt_tokens: int) -> None:
+        self.tokenizer, self.stop, self.num_prompt_tokens = tokenizer, stop, num_prompt_tokens
+        self.tail = 4 * max(len(part) for part in stop) + 8  # a character has up to 4 bytes, a token each at worst
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        done_B = [
+            # first the last tokens alone: cheap, and nearly always the answer
+            _holds(self.tokenizer, ids_T[-self.tail :], self.stop) and _holds(self.tokenizer, ids_T, self.stop)
+            for ids_T in input_ids[:, self.num_prompt_tokens :].cpu().numpy()
+        ]
+        return torch.tensor(done_B, device=input_ids.device)
 
 
 class _InverseCdf(LogitsProcessor):  # type: ignore[misc]

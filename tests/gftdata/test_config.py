@@ -48,7 +48,11 @@ def test_the_defaults_are_the_papers_group(tmp_path: Path) -> None:
         ({"responses": {"max_token": 3}}, "responses.max_token", "max_tokens"),
         ({"responses": {"self": {"samplng": {}}}}, "responses.self.samplng", "sampling"),
         ({"responses": {"own_": {}}}, "responses.own_", None),
-        ({"responses": {"teachers": [{"name": "t", "column": "c", "cuont": 2}]}}, "responses.teachers.0.cuont", "count"),
+        (
+            {"responses": {"teachers": [{"name": "t", "column": "c", "cuont": 2}]}},
+            "responses.teachers.0.cuont",
+            "count",
+        ),
         (
             {"prompts": {"reasoning_gym": {"task": "x", "sizes": 3}, "columns": {"expert": "e"}}},
             "prompts.reasoning_gym.sizes",

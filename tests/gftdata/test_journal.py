@@ -1,7 +1,6 @@
 """The journal of finished samples: what a kill can do to it, and what it must not."""
 
 import base64
-import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -98,7 +97,7 @@ def test_of_a_sample_drawn_in_two_attempts_the_first_counts(tmp_path: Path) -> N
     paths = [write(tmp_path, [entry(text=text)]) for text in ("one", "two")]
     first, second = sorted(paths)
     assert first != second
-    texts = {path: text for path, text in zip(paths, ("one", "two"), strict=True)}
+    texts = dict(zip(paths, ("one", "two"), strict=True))
     for _ in range(2):
         assert read_journal(tmp_path, 0)["self", 0, 0].text == texts[first]
 
@@ -125,20 +124,20 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path: Path) -> None:
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
         pytest.skip("needs /proc")
-    before = len(os.listdir(descriptors))
+    before = len(list(descriptors.iterdir()))
     with closing(Journal(tmp_path)) as journal:
         for attempt in range(2):
             for shard in range(300):
                 journal.append(shard, entry(index=attempt))
-        assert len(os.listdir(descriptors)) - before < 100
-    assert len(os.listdir(descriptors)) <= before
+        assert len(list(descriptors.iterdir())) - before < 100
+    assert len(list(descriptors.iterdir())) <= before
     assert all(len(read_journal(tmp_path, shard)) == 2 for shard in range(300))
     assert all(len(list(shard_folder(tmp_path, shard).iterdir())) == 1 for shard in range(300))
 
 
 def test_a_sample_becomes_the_entry_of_its_place() -> None:
     request = SampleRequest("p", 2, np.array([5], np.int32), Seed(2**62))
-    sample = Sample(request, "t", np.array([1], np.int32), np.array([-0.5], np.float32), "length")
+    sample = Sample(request, "t", np.array([1], np.int32), np.array([-0.5], np.float32), "length", seed=2**62)
     made = entry_of(sample, "self", 4, "m@1")
     assert made.key == ("self", 4, 2)
     assert (made.text, made.finish_reason, made.seed, made.model) == ("t", "length", 2**62, "m@1")

@@ -131,7 +131,9 @@ def test_the_id_is_the_documented_hash(write_jsonl: WriteJsonl) -> None:
     canonical = '{"ground_truth":"2","messages":[{"content":"é?","role":"user"}]}'
     assert prompt.prompt_id == hashlib.sha256(canonical.encode()).hexdigest()
     for settings in ({"system": "Be brief."}, {"template": "{question}!"}):
-        (other,) = read(write_jsonl([{"question": "é?", "answer": "2"}]), columns={"ground_truth": "answer"}, **settings)
+        (other,) = read(
+            write_jsonl([{"question": "é?", "answer": "2"}]), columns={"ground_truth": "answer"}, **settings
+        )
         assert other.prompt_id != prompt.prompt_id
 
 

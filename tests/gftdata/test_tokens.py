@@ -164,7 +164,9 @@ def test_special_tokens_in_given_text_are_text(chat: Tokenizer, plain: Tokenizer
     assert tokenizer_hash(chat.backend) == chat.hash
 
 
-@pytest.mark.parametrize("text", ["é 😀\n\ttabs  and   spaces ,. 's", " leading", "trailing ", "\n\n", "\\boxed{46}", "中文"])
+@pytest.mark.parametrize(
+    "text", ["é 😀\n\ttabs  and   spaces ,. 's", " leading", "trailing ", "\n\n", "\\boxed{46}", "中文"]
+)
 def test_byte_level_text_comes_back_as_it_was(chat: Tokenizer, text: str) -> None:
     for ended in (True, False):
         assert decode_response(chat, encode_response(chat, text, ended=ended)) == text
@@ -175,7 +177,9 @@ def test_sampled_special_tokens_are_not_part_of_the_text(chat: Tokenizer) -> Non
     assert decode_response(chat, np.array([*ids, IM_START, ENDOFTEXT], np.int32)) == "46"
 
 
-def test_the_hash_is_of_what_the_tokenizer_does(chat: Tokenizer, chat_model: Path, plain: Tokenizer, tmp_path: Path) -> None:
+def test_the_hash_is_of_what_the_tokenizer_does(
+    chat: Tokenizer, chat_model: Path, plain: Tokenizer, tmp_path: Path
+) -> None:
     again = load_tokenizer(str(chat_model))
     assert (again.hash, again.template_hash) == (chat.hash, chat.template_hash)
     again.backend("a", padding="max_length", max_length=9, truncation=True)
@@ -216,7 +220,9 @@ def test_the_hash_knows_every_part(chat: Tokenizer, chat_model: Path, tmp_path: 
     assert len(set(hashes)) == len(hashes)
 
 
-def test_the_template_has_a_hash_of_its_own(chat: Tokenizer, plain: Tokenizer, chat_model: Path, tmp_path: Path) -> None:
+def test_the_template_has_a_hash_of_its_own(
+    chat: Tokenizer, plain: Tokenizer, chat_model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "other-template"
     shutil.copytree(chat_model, folder)
     template = folder / "chat_template.jinja"

@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, row in enumerate(rows):
         row["hint"] = row["answer"] if number % 3 else "1"
     teacher = {"name": "hint", "column": "hint", "count": 1}
-    return _generate(tmp_path_factory.mktemp("data"), rows, teachers=[teacher], **{"self": {"count": 4}})
+    return _generate(tmp_path_factory.mktemp("data"), rows, teachers=[teacher], self={"count": 4})
 
 
 @pytest.fixture(scope="session")
@@ -58,4 +58,4 @@ def unjudged_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 groups of 1 expert and 3 self responses, two of them without a ground truth."""
     rows = _rows(12)
     rows[3]["answer"] = rows[7]["answer"] = None
-    return _generate(tmp_path_factory.mktemp("unjudged"), rows, **{"self": {"count": 3}})
+    return _generate(tmp_path_factory.mktemp("unjudged"), rows, self={"count": 3})

@@ -66,7 +66,13 @@ def test_folder_names_are_plain_and_distinct() -> None:
 
 def test_compare(data: Path, tmp_path: Path) -> None:
     prompts = {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 6}
-    settings = {"model": "replaced", "prompts": prompts, "reward": {"name": "numeric", "workers": 1}, "num_samples": 2, "greedy": False}
+    settings = {
+        "model": "replaced",
+        "prompts": prompts,
+        "reward": {"name": "numeric", "workers": 1},
+        "num_samples": 2,
+        "greedy": False,
+    }
     eval_config = validate_config(EvalConfig, {**settings, "k": [1], "max_tokens": 32}, "test")
     config = train_settings(data, tmp_path / "runs", max_steps=2)
     begun: list[tuple[str, str]] = []

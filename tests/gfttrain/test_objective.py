@@ -1,5 +1,6 @@
 """Objectives: values and gradients by hand on both sides of every threshold, and against losses of the logits."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,9 +45,7 @@ def test_gft_loss_on_both_sides_of_tau(advantage: float, dtype: torch.dtype) -> 
     gradient = [-advantage / 5 * c for c in (0.1, 0.69, 1.0, 1.0)]
     rtol = 1e-6 if dtype == torch.float32 else 1e-14
     torch.testing.assert_close(loss, torch.tensor(by_hand, dtype=dtype), rtol=rtol, atol=1e-15)
-    torch.testing.assert_close(
-        gradient_of(loss, logprobs), torch.tensor(gradient, dtype=dtype), rtol=rtol, atol=1e-15
-    )
+    torch.testing.assert_close(gradient_of(loss, logprobs), torch.tensor(gradient, dtype=dtype), rtol=rtol, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -123,11 +122,13 @@ def test_loss_and_gradient_do_not_depend_on_the_cut() -> None:
     mask = torch.rand(60, generator=generator) < 0.8
 
     def loss_of(parts: list[slice]) -> torch.Tensor:
-        return sum((gft_loss(whole[p], advantages[p], mask[p], tau=0.7, num_loss_tokens=48) for p in parts), 0 * whole[0])
+        return sum(
+            (gft_loss(whole[p], advantages[p], mask[p], tau=0.7, num_loss_tokens=48) for p in parts), 0 * whole[0]
+        )
 
     expected = loss_of([slice(0, 60)])
     for cuts in ([0, 1, 60], [0, 20, 40, 60], list(range(61))):
-        found = loss_of([slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)])
+        found = loss_of([slice(a, b) for a, b in itertools.pairwise(cuts)])
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
         torch.testing.assert_close(gradient_of(found, whole), gradient_of(expected, whole), rtol=1e-13, atol=0)
 

@@ -52,7 +52,7 @@ def random_groups(rng: np.random.Generator, count: int, *, null_rate: float = 0.
     ]
 
 
-def train_settings(data: Path, out: Path, **overrides: Any) -> TrainConfig:
+def train_settings(data: Path, out: Path, /, **overrides: Any) -> TrainConfig:
     """A short run of the demo model; blocks are merged, other keys replaced."""
     settings: dict[str, Any] = {
         "model": str(MODEL),

@@ -1,0 +1,379 @@
+"""SGLang's offline engine in a supervised child process. A Sampler and a Scorer, safe to use from several threads.
+
+A dead scheduler kills its whole process tree, so the engine lives in `sglang_worker.py`, run by this interpreter or by
+`engine.python`. A supervisor thread starts it, reads its answers, and when it dies starts it again with back-off and
+sends the unfinished requests once more: first those that were in flight, one at a time, so that one which brings the
+engine down is found and given up (a Refusal) without the others.
+
+Every request is n = 1 with its own seed. Log-probs of samples are decode-time, temperature-scaled; reference log-probs
+come from `score`, a pass over given ids at temperature 1.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gftdata.config import SglangConfig
+from gftdata.errors import UserError
+from gftdata.tokens import Tokenizer, decode_response
+from gftdata.types import FinishReason, LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, TokenIds
+
+WORKER = Path(__file__).with_name("sglang_worker.py")
+BACK_OFF_S = (1.0, 5.0, 15.0, 60.0)  # before a restart, growing while restarts bring no answer
+TRIES = 3  # how often a request may fail, or be there when the engine dies, before it is given up
+STOP_S = 20.0  # how long an idle engine may take to end by itself
+
+Request = TypeVar("Request")
+
+
+class EngineDied(Exception):
+    """The engine cannot be brought up again."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request on its way: what to send, where its answer goes, how often it has failed."""
+
+    arguments: Mapping[str, Any]
+    answers: "queue.SimpleQueue[tuple[_Job, dict[str, Any] | UserError]]"
+    failures: list[str] = field(default_factory=list)
+
+
+class SglangEngine:
+    """A running engine. Close it, or use it as a context manager, to end its processes."""
+
+    concurrent = True
+
+    def __init__(self, model: str, config: SglangConfig, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.honours_seeds = bool(config.options.get("enable_deterministic_inference"))
+        self._max_in_flight = config.max_in_flight
+        self._python = config.python or sys.executable
+        self._options = {"model_path": model, "log_level": "error", **config.options}
+        self._log = Path(tempfile.mkdtemp(prefix="gft-engine-")) / "engine.log"
+        self._lock = threading.Lock()
+        self._jobs: dict[int, _Job] = {}  # sent, or to be sent when the engine is up
+        self._suspects: list[int] = []  # were there when it died; sent one at a time
+        self._next = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self.version = ""
+        self.restarts = 0
+        self._ready: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
+        threading.Thread(target=self._supervise, name="sglang-supervisor", daemon=True).start()
+        if (error := self._ready.get()) is not None:
+            raise error
+
+    def __enter__(self) -> "SglangEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample | Refusal]:
+        """Draw one response for each request, in order of completion, `max_in_flight` at a time. See `Sampler`."""
+        shared = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_tokens,
+            "stop_token_ids": list(self.tokenizer.stop_ids),
+            "stop": list(sampling.stop) or None,
+            "no_stop_trim": True,
+            "skip_special_tokens": True,
+        }
+
+        def arguments(request: SampleRequest) -> dict[str, Any]:
+            seed = {"sampling_seed": int(request.seed)} if self.honours_seeds else {}
+            return {
+                "input_ids": request.prompt_ids.tolist(),
+                "sampling_params": shared | seed,
+                "return_logprob": True,
+                **self._replica(request.prompt_ids),
+            }
+
+        for request, answer in self._stream(requests, arguments):
+            if isinstance(answer, UserError):
+                yield Refusal(request, str(answer))
+            else:
+                yield self._to_sample(request, answer)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs]:
+        """log pi of given response tokens at temperature 1, by a prefill of prompt + response. See `Scorer`."""
+        numbered = list(enumerate(requests))
+        scores: list[LogProbs] = [np.empty(0, np.float32)] * len(requests)
+
+        def arguments(item: tuple[int, ScoreRequest]) -> dict[str, Any]:
+            _, request = item
+            return {
+                "input_ids": [*request.prompt_ids.tolist(), *request.response_ids.tolist()],
+                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+                "return_logprob": True,
+                "logprob_start_len": len(request.prompt_ids) - 1,
+                **self._replica(request.prompt_ids),
+            }
+
+        for (i, request), answer in self._stream(numbered, arguments):
+            if isinstance(answer, UserError):
+                raise UserError(f"engine sglang: a response could not be scored: {answer}")
+            scores[i] = _scored(request, answer)
+        return scores
+
+    def close(self) -> None:
+        """End the engine and all its processes."""
+        with self._lock:
+            self._closed = True
+            process = self._process
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        _kill_tree(process)
+
+    def _replica(self, prompt_ids: TokenIds) -> dict[str, int]:
+        """A group's prompt is computed once only if all its requests go to the same replica."""
+        replicas = int(self._options.get("dp_size", 1))
+        return {"routed_dp_rank": zlib.crc32(prompt_ids.tobytes()) % replicas} if replicas > 1 else {}
+
+    def _to_sample(self, request: SampleRequest, answer: dict[str, Any]) -> Sample:
+        ids = np.asarray(answer["output_ids"], dtype=np.int32)
+        pairs = answer["output_token_logprobs"]
+        if [int(token) for _, token in pairs] != ids.tolist():
+            raise UserError("engine sglang: log-probs of other tokens than the sampled ones; this version is not supported")
+        reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
+        logprobs = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+        seed = int(request.seed) if self.honours_seeds else None
+        return Sample(request, decode_response(self.tokenizer, ids), ids, logprobs, reason, seed)
+
+    def _stream(
+        self, requests: Iterable[Request], arguments: Callable[[Request], dict[str, Any]]
+    ) -> Iterator[tuple[Request, dict[str, Any] | UserError]]:
+        """Keep `max_in_flight` requests with the engine; yield each with its answer as it is done."""
+        answers: queue.SimpleQueue[tuple[_Job, dict[str, Any] | UserError]] = queue.SimpleQueue()
+        waiting: dict[_Job, Request] = {}
+        source = iter(requests)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(waiting) < self._max_in_flight:
+                    try:
+                        request = next(source)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    job = _Job(arguments(request), answers)
+                    waiting[job] = request
+                    self._submit(job)
+                if not waiting:
+                    return
+                job, answer = answers.get()
+                if isinstance(answer, UserError) and not job.failures:
+                    raise answer  # the engine itself is gone for good
+                yield waiting.pop(job), answer
+        finally:
+            if waiting:  # a stream that is dropped half way wants no more answers
+                self._drop(waiting)
+
+    def _drop(self, jobs: Container[_Job]) -> None:
+        with self._lock:
+            had_suspects = bool(self._suspects)
+            self._jobs = {number: job for number, job in self._jobs.items() if job not in jobs}
+            self._suspects = [number for number in self._suspects if number in self._jobs]
+            if had_suspects:
+                self._send_next()
+
+    def _submit(self, job: _Job) -> None:
+        with self._lock:
+            number = self._next
+            self._next += 1
+            self._jobs[number] = job
+            if not self._suspects:  # else it is sent when they have been cleared
+                self._send(number, job)
+
+    def _send(self, number: int, job: _Job) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return  # sent when the engine is up
+        try:
+            process.stdin.write(json.dumps({"id": number, "arguments": job.arguments}).encode() + b"\n")
+            process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has died: the supervisor sees that and sends again
+
+    def _supervise(self) -> None:
+        """Own the child: start it, hand out answers, start it again when it dies."""
+        fruitless = 0
+        while True:
+            self._forget_process()
+            try:
+                answered = self._run_once(first=self.version == "")
+            except EngineDied as error:
+                self._give_up(UserError(f"engine sglang: {error}"))
+                return
+            if self._closed:
+                return
+            self.restarts += 1
+            fruitless = 0 if answered else fruitless + 1
+            if fruitless == len(BACK_OFF_S):
+                self._give_up(UserError(f"engine sglang: died {fruitless} times without an answer: {self._last_words()}"))
+                return
+            time.sleep(BACK_OFF_S[fruitless])
+
+    def _run_once(self, *, first: bool) -> bool:
+        """One life of the child; returns whether it gave any answer."""
+        reading, writing = os.pipe()
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(
+                [self._python, str(WORKER), str(writing), json.dumps(self._options)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        os.close(writing)
+        ready = answered = False
+        with os.fdopen(reading, encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break
+                message = json.loads(line)
+                if "ready" in message:
+                    ready = True
+                    self._on_ready(process, message["ready"], first)
+                else:
+                    answered = True
+                    self._on_answer(message)
+        _kill_tree(process)
+        if not self.version:
+            raise EngineDied(f"did not start: {self._last_words()}")
+        if ready:  # otherwise it is the start that failed, and no request is to blame
+            self._on_death(process)
+        return answered
+
+    def _on_ready(self, process: "subprocess.Popen[bytes]", version: str, first: bool) -> None:
+        with self._lock:
+            self.version = version
+            self._process = process
+            self._send_next()
+        if first:
+            self._ready.put(None)
+
+    def _on_answer(self, message: dict[str, Any]) -> None:
+        number = message["id"]
+        with self._lock:
+            job = self._jobs.get(number)
+            if job is None:
+                return
+            failure = message.get("error") or _failure(message["answer"])
+            if failure and len(job.failures) + 1 < TRIES and "error" not in message:
+                job.failures.append(failure)
+                self._send(number, job)
+                return
+            del self._jobs[number]
+            if failure:
+                job.failures.append(failure)
+            if number in self._suspects:
+                self._suspects.remove(number)
+                self._send_next()
+        job.answers.put((job, UserError(failure) if failure else message["answer"]))
+
+    def _send_next(self) -> None:
+        """The next suspect alone, or, when all have been cleared, everything that waits."""
+        if self._suspects:
+            self._send(self._suspects[0], self._jobs[self._suspects[0]])
+        else:
+            for number, job in self._jobs.items():
+                self._send(number, job)
+
+    def _on_death(self, process: "subprocess.Popen[bytes]") -> None:
+        """Whoever was with the engine is a suspect; one that was there alone has failed."""
+        given_up = []
+        with self._lock:
+            if self._closed:
+                return
+            words = f"the engine died (exit code {process.returncode}): {self._last_words()}"
+            alone = self._suspects[:1]
+            if not self._suspects:
+                self._suspects = list(self._jobs)
+                alone = self._suspects if len(self._suspects) == 1 else []
+            for number in alone:
+                job = self._jobs[number]
+                job.failures.append(words)
+                if len(job.failures) >= TRIES:
+                    given_up.append(self._jobs.pop(number))
+                    self._suspects.remove(number)
+        for job in given_up:
+            job.answers.put((job, UserError(job.failures[-1])))
+
+    def _forget_process(self) -> None:
+        with self._lock:
+            self._process = None
+
+    def _give_up(self, error: UserError) -> None:
+        with self._lock:
+            jobs, self._jobs, self._suspects = list(self._jobs.values()), {}, []
+        if not self.version:
+            self._ready.put(error)
+        for job in jobs:
+            job.failures.clear()
+            job.answers.put((job, error))
+
+    def _last_words(self) -> str:
+        """The last line that the engine wrote, and where the rest is."""
+        lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        return f"{said[-1] if said else 'it said nothing'} (all of it is in {self._log})"
+
+
+def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:
+    """Start the engine; returns when it is ready. Raises UserError when it does not come up."""
+    if config.python is not None and not Path(config.python).is_file():
+        raise UserError(f"{config.python}: no such interpreter (engine.python)")
+    return SglangEngine(model, config, tokenizer)
+
+
+def _failure(answer: dict[str, Any]) -> str | None:
+    """Why an answer is none. SGLang reports a NaN as an ordinary stop."""
+    reason = answer["finish_reason"]
+    if reason["type"] == "abort":
+        return f"aborted: {reason.get('message', 'no reason given')}"
+    if reason.get("matched") == "NaN happened":
+        return "the model gave a NaN"
+    return None
+
+
+def _scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
+    """The log-probs of a scoring answer: one None, then exactly the response's tokens."""
+    first, *pairs = answer["input_token_logprobs"]
+    if first[0] is not None or [int(token) for _, token in pairs] != request.response_ids.tolist():
+        raise UserError("engine sglang: scored other tokens than the given ones; this version is not supported")
+    scores = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+    if not np.isfinite(scores).all():
+        raise UserError("engine sglang: a log-prob is not finite")
+    return scores
+
+
+def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """End the child and everything it started: it is the leader of a session of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

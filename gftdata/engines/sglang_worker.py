@@ -1,0 +1,77 @@
+"""The child process that holds a SGLang engine. Run as a script, also by the Python of another environment.
+
+Imports nothing but the standard library and sglang, so that the environment which has SGLang needs nothing of ours.
+The engine's death kills its whole process tree, this process included: that is why it is not in ours.
+
+    python sglang_worker.py FD ENGINE_OPTIONS_JSON
+
+Reads one JSON request a line from standard input, {"id": ..., "arguments": {...}} for `Engine.async_generate`, and
+writes to file descriptor FD one line for each as it is done, {"id": ..., "answer": {...}} or {"id": ..., "error": ...},
+in order of completion. The first line is {"ready": version}. Ends when standard input does.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+
+def main() -> None:
+    descriptor, options = int(sys.argv[1]), json.loads(sys.argv[2])
+    answers = os.fdopen(descriptor, "w", buffering=1)
+    os.set_inheritable(descriptor, False)  # the engine's own processes must not hold the pipe open when this one dies
+    sys.path.pop(0)  # this folder, in which `sglang` is our own module
+    import sglang  # type: ignore[import-not-found,unused-ignore]
+
+    engine = sglang.Engine(**options)
+
+    def write(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    write({"ready": sglang.__version__})
+    asyncio.run(serve(engine, write))
+    os._exit(0)  # the engine's processes follow their parent; its own shutdown may hang
+
+
+async def serve(engine: Any, write: Any) -> None:
+    """One event loop for the engine's life; a request is a task of its own, so that one that fails fails alone."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    running: set[asyncio.Task[None]] = set()
+
+    async def handle(request: dict[str, Any]) -> None:
+        try:
+            result = await engine.async_generate(**request["arguments"])
+        except Exception as error:
+            write({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
+            return
+        write({"id": request["id"], "answer": reduced(result)})
+
+    def start(request: dict[str, Any]) -> None:
+        task = loop.create_task(handle(request))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    def read() -> None:
+        for line in sys.stdin:
+            loop.call_soon_threadsafe(start, json.loads(line))
+        loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=read, daemon=True).start()
+    await ended.wait()
+
+
+def reduced(result: dict[str, Any]) -> dict[str, Any]:
+    """What the parent needs of a result: ids, log-probs as [log-prob, id], how it ended."""
+    meta = result["meta_info"]
+    answer: dict[str, Any] = {"finish_reason": meta["finish_reason"], "output_ids": result.get("output_ids")}
+    for name in ("input_token_logprobs", "output_token_logprobs"):
+        if meta.get(name) is not None:
+            answer[name] = [entry[:2] for entry in meta[name]]
+    return answer
+
+
+if __name__ == "__main__":
+    main()

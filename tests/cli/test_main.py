@@ -1,0 +1,290 @@
+"""The command as a user meets it: help without heavy imports, dry runs, and mistakes that end in one line."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gftcli import main as command
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "samples" / "demo"
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Gft = Callable[..., Result]
+
+
+@pytest.fixture
+def gft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gft:
+    """Run `gft ARGUMENTS` in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gft", *map(str, arguments)])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its content's hash; folders too, so that an empty one is seen."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(gft: Gft, *arguments: str | Path, saying: tuple[str, ...]) -> None:
+    """The command ends with one clear line and exit code 2, and has written nothing."""
+    before = tree(Path.cwd())
+    result = gft(*arguments)
+    assert result.code == 2, result
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.err + result.out
+    for words in saying:
+        assert words in lines[0], lines[0]
+    assert tree(Path.cwd()) == before
+
+
+def write_config(path: Path, **changes: object) -> Path:
+    """A small generate config; a change's key may be dotted."""
+    data: dict[str, object] = {
+        "model": str(DEMO / "model"),
+        "out": "data",
+        "prompts": {
+            "path": str(DEMO / "train.jsonl"),
+            "columns": {"ground_truth": "answer", "expert": "expert"},
+            "limit": 12,
+        },
+        "reward": {"name": "numeric", "workers": 1},
+        "responses": {"self": {"count": 3}, "max_tokens": 48},
+    }
+    path.write_text(yaml.safe_dump(_changed(data, changes)))
+    return path
+
+
+def write_train_config(path: Path, **changes: object) -> Path:
+    data: dict[str, object] = {
+        "model": str(DEMO / "model"),
+        "data": "data",
+        "out": "run",
+        "optim": {"lr": 1e-4},
+        "batch": {"groups_per_step": 4},
+    }
+    path.write_text(yaml.safe_dump(_changed(data, changes)))
+    return path
+
+
+def _changed(data: dict[str, object], changes: dict[str, object]) -> dict[str, object]:
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split("__")
+        block: dict[str, object] = data
+        for parent in parents:
+            block = block.setdefault(parent, {})  # type: ignore[assignment]
+        block[leaf] = value
+    return data
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['gft', '--help']\n"
+        "from gftcli.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'sglang', 'pyarrow', 'polars'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+
+
+def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "generate.yaml")
+    planned = gft("generate", config, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "12 of 12 rows" in planned.out
+    assert not (tmp_path / "data").exists()
+
+    made = gft("generate", config)
+    assert made.code == 0, made.err
+    assert "expert" in made.out and "self" in made.out
+    again = gft("generate", config)
+    assert again.code == 0, again.err
+    assert gft("validate", "data").code == 0
+
+    training = write_train_config(tmp_path / "train.yaml")
+    planned = gft("train", training, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "3 of 4 groups" in planned.out
+    assert not (tmp_path / "run").exists()
+    trained = gft("train", training)
+    assert trained.code == 0, trained.err
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+    evaluation = tmp_path / "eval.yaml"
+    evaluation.write_text(
+        yaml.safe_dump(
+            {
+                "model": "run/final",
+                "out": "eval.json",
+                "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 4},
+                "reward": {"name": "numeric", "workers": 1},
+                "num_samples": 4,
+                "k": [1, 4],
+                "max_tokens": 48,
+            }
+        )
+    )
+    measured = gft("eval", evaluation)
+    assert measured.code == 0, measured.err
+    assert "pass@4" in measured.out
+    result = json.loads((tmp_path / "eval.json").read_text())["result"]
+    assert result["prompts"] == 4
+    assert 0.0 <= result["pass_at"]["1"] <= result["pass_at"]["4"] <= 1.0
+
+    shard = next((tmp_path / "data" / "data").glob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    damaged = gft("validate", "data")
+    assert damaged.code == 1
+    assert shard.name in damaged.out and "sha256" in damaged.out
+
+
+def test_missing_config_file(gft: Gft) -> None:
+    refused(gft, "generate", "nothing.yaml", saying=("nothing.yaml", "gft init"))
+
+
+def test_missing_prompt_file(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", prompts__path="nothing.jsonl")
+    refused(gft, "generate", config, saying=("nothing.jsonl", "prompts.path"))
+    refused(gft, "generate", config, "--dry-run", saying=("nothing.jsonl",))
+
+
+def test_unknown_key_names_the_nearest(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", responses__max_token=48)
+    refused(gft, "generate", config, saying=("`responses.max_token`", "`max_tokens`"))
+    config = write_config(tmp_path / "c.yaml")
+    refused(gft, "generate", config, "--set", "reward.nme=math", saying=("`reward.nme`", "`name`"))
+    training = write_train_config(tmp_path / "t.yaml", optim__learning_rate=1e-6)
+    refused(gft, "train", training, saying=("`optim.learning_rate`",))
+
+
+def test_missing_column_names_those_there_are(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", prompts__columns__ground_truth="solution")
+    refused(gft, "generate", config, saying=("row 1", "`solution`", "question, answer, expert"))
+
+
+def test_empty_prompt_file(gft: Gft, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    config = write_config(tmp_path / "c.yaml", prompts__path="empty.jsonl")
+    refused(gft, "generate", config, saying=("empty.jsonl", "no prompts"))
+
+
+def test_prompt_over_the_limit_by_policy(gft: Gft, tmp_path: Path) -> None:
+    rows = [{"question": q, "answer": "3", "expert": "3"} for q in ("1+2=", "10000+20000+30000=", "2+1=")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(tmp_path / "c.yaml", prompts__path="p.jsonl", prompts__max_prompt_tokens=8)
+    refused(gft, "generate", config, "--set", "prompts.on_too_long=error", saying=("prompt 2", "18 tokens", "=8"))
+    skipped = gft("generate", config)
+    assert skipped.code == 0, skipped.err
+    assert "1 prompts too long" in skipped.out
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["prompts"]["prompts"] == 2
+    assert manifest["prompts"]["prompts_too_long"] == 1
+    short = write_config(tmp_path / "d.yaml", prompts__path="p.jsonl", prompts__max_prompt_tokens=2, out="other")
+    refused(gft, "generate", short, saying=("all 3 prompts",))
+
+
+def test_output_folder_of_something_else(gft: Gft, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.tex").write_text("years of work")
+    config = write_config(tmp_path / "c.yaml")
+    refused(gft, "generate", config, saying=("data", "not empty"))
+
+
+def test_tokenizer_of_another_model_and_run_folder_of_something_else(gft: Gft, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert gft("generate", write_config(tmp_path / "c.yaml")).code == 0
+    other = tmp_path / "other"
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    tokenizer.add_tokens(["x"])
+    tokenizer.save_pretrained(other)
+    AutoModelForCausalLM.from_pretrained(DEMO / "model").save_pretrained(other)
+    refused(gft, "train", write_train_config(tmp_path / "t.yaml", model="other"), saying=("tokenizer", "other"))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused(gft, "train", write_train_config(tmp_path / "t.yaml"), saying=("run", "not empty"))
+
+
+def test_data_of_an_unfinished_or_missing_run(gft: Gft, tmp_path: Path) -> None:
+    refused(gft, "train", write_train_config(tmp_path / "t.yaml", data="nowhere"), saying=("nowhere",))
+    (tmp_path / "data" / ".work").mkdir(parents=True)
+    refused(gft, "train", write_train_config(tmp_path / "t.yaml"), saying=("unfinished", "gft generate"))
+    refused(gft, "validate", "data", saying=("unfinished",))
+
+
+def test_group_without_judged_responses(gft: Gft, tmp_path: Path) -> None:
+    rows = [{"question": "1+2+3=", "answer": a, "expert": "6"} for a in ("6", "6", None)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(tmp_path / "c.yaml", prompts__path="p.jsonl")
+    refused(gft, "generate", config, saying=("row 3", "no ground truth", "on_missing_ground_truth=keep"))
+    assert gft("generate", config, "--set", "prompts.on_missing_ground_truth=keep").code == 0
+    training = write_train_config(tmp_path / "t.yaml", objective__advantage="one")
+    refused(gft, "train", training, saying=("1 of 3 groups", "unjudged_groups=skip"))
+    assert gft("train", training, "--set", "unjudged_groups=skip").code == 0
+
+
+def test_misspelt_reward_and_bad_model(gft: Gft, tmp_path: Path) -> None:
+    refused(gft, "generate", write_config(tmp_path / "c.yaml", reward__name="numerik"), saying=("numeric",))
+    refused(gft, "generate", write_config(tmp_path / "c.yaml", model="./no-model"), saying=("no-model",))
+    (tmp_path / "empty-model").mkdir()
+    refused(gft, "generate", write_config(tmp_path / "c.yaml", model="empty-model"), saying=("config.json",))
+
+
+def test_another_config_for_the_same_output(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml")
+    assert gft("generate", config).code == 0
+    refused(gft, "generate", config, "--set", "seed=1", saying=("`seed` was 0 and is now 1",))
+    assert gft("generate", config, "--set", "engine.batch_size=2").code == 0
+
+
+def test_init_writes_configs_that_load_and_state_the_defaults(gft: Gft, tmp_path: Path) -> None:
+    from gftdata.config import GenerateConfig, load_config
+    from gfttrain.config import EvalConfig, TrainConfig
+
+    written = gft("init", "mine", "--model", "some/model", "--prompts", "p.jsonl")
+    assert written.code == 0, written.err
+    made = load_config(GenerateConfig, tmp_path / "mine" / "generate.yaml")
+    yours = {"prompts": made.prompts.model_dump(include={"path", "columns", "template"}), "model": "some/model"}
+    assert made == GenerateConfig(**yours, out="runs/data")
+    trained = load_config(TrainConfig, tmp_path / "mine" / "train.yaml")
+    assert trained == TrainConfig(model="some/model", data=("runs/data",), out="runs/train")
+    measured = load_config(EvalConfig, tmp_path / "mine" / "eval.yaml")
+    yours = {"prompts": measured.prompts.model_dump(include={"path", "columns", "template"}), "out": "runs/eval.json"}
+    assert measured == EvalConfig(**yours, model="runs/train/final")
+    refused(gft, "init", "mine", saying=("generate.yaml", "not overwritten"))

@@ -1,0 +1,273 @@
+"""Stopped at any moment and started again, a run ends with the same weights, bit by bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import MODEL, ROOT, train_settings
+
+from gftdata.errors import UserError
+from gfttrain import checkpoint, metrics
+from gfttrain.compare import METHODS
+from gfttrain.config import TrainConfig
+from gfttrain.train import Event, train
+
+
+class Interrupted(Exception):
+    pass
+
+
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "final" / "model.safetensors")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines(out)]
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    """Weights equal bit by bit, every step once in the metrics, and with the same numbers."""
+    found, wanted = final_weights(out), final_weights(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert without_times(out) == without_times(expected)
+    assert [line["step"] for line in lines(out)] == list(range(1, len(lines(expected)) + 1))
+
+
+def train_until(config: TrainConfig, step: int, kind: str = "step") -> None:
+    """Train and fall over when `step` is reported."""
+
+    def listener(event: Event) -> None:
+        if event.kind == kind and event.step == step:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config, listener)
+
+
+COSINE = {"lr": 1e-3, "schedule": "cosine", "warmup_ratio": 0.2}
+RUNS: dict[str, dict[str, Any]] = {
+    "GFT, cosine": {"optim": COSINE},
+    "PSFT": {"objective": {**METHODS["PSFT"].model_dump(), "refresh_every": 5}},
+    "packed": {"batch": {"layout": "packed", "micro_batch_tokens": 400}},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs of 12 steps that were never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for name, settings in RUNS.items():
+        train(train_settings(data, folder / name, epochs=2, **settings))
+    return {name: folder / name for name in RUNS}
+
+
+# a checkpoint every 2 steps, the old policy refreshed every 5: 7 goes on within a window, at 5 one begins
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("GFT, cosine", [random.randrange(1, 12)]),
+        ("GFT, cosine", [1, 4, 11]),
+        ("PSFT", [7, 8]),
+        ("PSFT", [5, random.randrange(6, 12)]),
+        ("packed", [3]),
+    ],
+)
+def test_interrupted_runs_end_with_the_same_bits(
+    name: str, stops: list[int], uninterrupted: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS[name])
+    print("stopped at", stops)
+    for stop in stops:
+        train_until(config, stop)
+    events: list[Event] = []
+    train(config, events.append)
+    assert events[0].kind == "start" and events[0].step == (stops[-1] - 1) // 2 * 2  # nothing before is done again
+    assert_same_run(tmp_path / "run", uninterrupted[name])
+
+
+def test_an_interruption_right_after_a_checkpoint(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
+    train_until(config, 6, "checkpoint")
+    events: list[Event] = []
+    train(config, events.append)
+    assert events[0].step == 6
+    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
+
+
+def test_the_learning_rate_goes_on_where_it_was(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    rates = [line["lr"] for line in lines(uninterrupted["GFT, cosine"])]
+    assert rates[0] == 0 and max(rates) == 1e-3 and rates[-1] < 0.1e-3
+    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
+    train_until(config, 9)
+    seen: list[Event] = []
+    train(config, seen.append)
+    assert [event.metrics["lr"] for event in seen if event.kind == "step"] == rates[8:]
+
+
+def test_settings_that_only_change_how_may_change(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 2, "optim": COSINE}
+    train_until(train_settings(data, tmp_path / "run", **settings), 5)
+    other = {"batch": {"layout": "packed", "micro_batch_tokens": 300}, "gradient_checkpointing": True}
+    train(train_settings(data, tmp_path / "run", **settings, **other, checkpoint={"every_steps": 3, "keep": 1}))
+    found, expected = without_times(tmp_path / "run"), without_times(uninterrupted["GFT, cosine"])
+    assert [line["step"] for line in found] == list(range(1, 13))
+    for line, wanted in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-2, abs=1e-4)
+
+
+def test_dropout_is_resumed_too(data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    settings = {"model": str(model), "max_steps": 5}
+    train(train_settings(data, tmp_path / "whole", **settings))
+    assert abs(lines(tmp_path / "whole")[0]["log_ratio/self"]) > 1e-3  # dropout acts
+    stopped = train_settings(data, tmp_path / "run", **settings)
+    train_until(stopped, 3)
+    torch.manual_seed(12345)
+    train(stopped)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_torn_last_line_of_metrics_is_dropped(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
+    train_until(config, 4, "checkpoint")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(config)
+    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
+
+
+def test_a_half_written_checkpoint_is_not_used(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
+    train_until(config, 6)
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000006")  # killed before the rename
+    (folder / "step-00000006").mkdir()  # not one of ours: without state.json it is not complete
+    events: list[Event] = []
+    train(config, events.append)
+    assert events[0].step == 4
+    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000008", "step-00000010"]
+
+
+def test_changed_data_is_refused_on_resume(data: Path, unjudged_data: Path, tmp_path: Path) -> None:
+    moving = tmp_path / "data"
+    shutil.copytree(data, moving)
+    config = train_settings(moving, tmp_path / "run", unjudged_groups="skip")
+    train_until(config, 3)
+    shutil.rmtree(moving)
+    shutil.copytree(unjudged_data, moving)
+    with pytest.raises(UserError, match="was saved on other data"):
+        train(config)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_optimizer_state_survives_a_round_trip(data: Path, tmp_path: Path) -> None:
+    train_until(train_settings(data, tmp_path / "run"), 2, "checkpoint")
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}  # no pickle
+    assert checkpoint.read_position(saved).step == 2
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    module = torch.nn.ParameterList(parameters)
+
+    def fresh(lr: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    optimizer, scheduler = fresh(0.1)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        scheduler.step()
+    old = {"3.1": torch.randn(4), "7.0": torch.randn(2)}
+    position = checkpoint.Position(3, "hash")
+    path = checkpoint.save(tmp_path, position, module, optimizer, scheduler, old, keep=1)
+    expected_state = {k: {n: t.clone() for n, t in v.items()} for k, v in optimizer.state_dict()["state"].items()}
+    random_state, values = torch.get_rng_state(), [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        parameters[0].zero_()
+    torch.rand(7)
+    other, other_scheduler = fresh(0.1)
+    restored = checkpoint.restore(path, module, other, other_scheduler, torch.device("cpu"))
+    assert checkpoint.latest(tmp_path) == path and checkpoint.read_position(path) == position
+    assert restored.keys() == old.keys() and all(torch.equal(restored[k], old[k]) for k in old)
+    assert all(torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    found_state = other.state_dict()["state"]
+    assert all(torch.equal(found_state[k][n], t) for k, v in expected_state.items() for n, t in v.items())
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    def parts(size: int) -> tuple[torch.nn.Linear, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        model = torch.nn.Linear(size, size)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    path = checkpoint.save(tmp_path, checkpoint.Position(1, "hash"), *parts(2), {}, keep=1)
+    with pytest.raises(UserError, match="does not fit the model"):
+        checkpoint.restore(path, *parts(3), torch.device("cpu"))
+
+
+def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics.cut_back(path, 3)
+    assert not path.exists()
+    for step in range(1, 6):
+        metrics.append_line(path, {"step": step, "loss": float("nan") if step == 2 else 0.5})
+    metrics.cut_back(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 0.5},
+    ]
+    metrics.cut_back(path, 0)
+    assert path.read_text() == ""
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[2]))
+from gfttrain.config import TrainConfig
+from gfttrain.train import train
+train(TrainConfig.model_validate_json(sys.argv[1]))
+"""
+
+
+def test_three_kills(data: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 10, "objective": {**METHODS["PSFT"].model_dump(), "refresh_every": 7}}  # 60 steps
+    whole = train_settings(data, tmp_path / "whole", **settings)
+    train(whole)
+    config = train_settings(data, tmp_path / "run", **settings)
+    path = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-c", PROGRAM, config.model_dump_json(), str(torch.get_num_threads())]
+    marks = sorted(random.sample(range(1, 40), 3))
+    for mark in marks:
+        process = subprocess.Popen(command, cwd=ROOT)
+        while process.poll() is None and not (path.is_file() and path.read_text().count("\n") >= mark):
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.05)
+        print("killed at", mark, "after", path.read_text().count("\n"), "steps")
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "final").exists()
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -1,0 +1,1 @@
+"""Stands in for a package that SGLang's CPU path imports a name from and never calls."""

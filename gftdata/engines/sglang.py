@@ -12,6 +12,7 @@ come from `score`, a pass over given ids at temperature 1.
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -336,10 +337,11 @@ class SglangEngine:
             job.answers.put((job, error))
 
     def _last_words(self) -> str:
-        """The last line that the engine wrote, and where the rest is."""
+        """The last error that the engine wrote, and where the rest is."""
         lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
-        said = [line.strip() for line in lines if line.strip()]
-        return f"{said[-1] if said else 'it said nothing'} (all of it is in {self._log})"
+        said = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
+        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
+        return f"{(errors or said)[-1][:300]} (all of it is in {self._log})"
 
 
 def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from gftdata.errors import UserError
 from gftdata.types import EXPERT, TEACHER_PREFIX, Sampling
@@ -113,8 +113,8 @@ class ExpertConfig(BaseModel):
     count: Annotated[int, Field(ge=0)] = 1
 
 
-class EngineConfig(BaseModel):
-    """What runs a model. `hf` is transformers in this process, on CPU or GPU."""
+class HfConfig(BaseModel):
+    """The embedded engine: transformers in this process, on CPU or GPU."""
 
     model_config = STRICT
 
@@ -134,6 +134,33 @@ class SglangConfig(BaseModel):
     python: str | None = None  # interpreter of an environment that has SGLang; default: this one
     max_in_flight: PositiveInt = 256  # requests with the engine at a time
     options: dict[str, Any] = {}  # of sglang.Engine: tp_size, dp_size, mem_fraction_static, quantization, ...
+
+
+def _engine_name(value: Any) -> str:
+    return str(value.get("name", "hf") if isinstance(value, Mapping) else getattr(value, "name", "hf"))
+
+
+# What runs a model; `name` says which, and hf is the default.
+EngineConfig = Annotated[
+    Annotated[HfConfig, Tag("hf")] | Annotated[SglangConfig, Tag("sglang")], Discriminator(_engine_name)
+]
+TAGGED = {("engine", "hf"), ("engine", "sglang")}
+# What changes how an engine computes and not what: a run may continue with other values.
+COMPUTE_SETTINGS = {"batch_size", "batch_tokens", "device", "python", "max_in_flight"}
+COMPUTE_OPTIONS = {
+    "tp_size",
+    "dp_size",
+    "pp_size",
+    "device",
+    "mem_fraction_static",
+    "max_total_tokens",
+    "max_running_requests",
+    "chunked_prefill_size",
+    "attention_backend",
+    "disable_cuda_graph",
+    "disable_overlap_schedule",
+    "log_level",
+}
 
 
 class TeacherConfig(BaseModel):
@@ -218,7 +245,7 @@ class GenerateConfig(BaseModel):
     prompts: PromptsConfig
     reward: RewardConfig = RewardConfig()
     responses: ResponsesConfig = ResponsesConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = HfConfig()
     shards: ShardsConfig = ShardsConfig()
     seed: int = 0
 
@@ -233,10 +260,9 @@ class GenerateConfig(BaseModel):
 
     def recipe(self) -> dict[str, Any]:
         """The settings that change the output; a run continues only where these are the same."""
+        engine: dict[str, Any] = dict.fromkeys(COMPUTE_SETTINGS, True) | {"options": COMPUTE_OPTIONS}
         return self.model_dump(
-            mode="json",
-            by_alias=True,
-            exclude={"out": True, "engine": {"batch_size", "batch_tokens", "device"}, "reward": {"workers"}},
+            mode="json", by_alias=True, exclude={"out": True, "engine": engine, "reward": {"workers"}}
         )
 
 
@@ -306,7 +332,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
+    # pydantic puts the chosen engine's tag after `engine`; the file has no such level
+    parts = [p for before, p in zip((None, *error["loc"]), error["loc"], strict=False) if (before, p) not in TAGGED]
+    location = ".".join(str(part) for part in parts)
+    if error["type"] == "union_tag_invalid":
+        return f"`{location}.name`: expected one of {error['ctx']['expected_tags']}, found '{error['ctx']['tag']}'"
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(kind, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.4)
@@ -321,11 +351,21 @@ def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
 
 def _valid_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
     """Names of the settings in the block at `location`, found by walking the models' annotations."""
+    choices: list[type[BaseModel]] = [kind]
     for part in location:
         if isinstance(part, int):
             continue
-        field = next(f for name, f in kind.model_fields.items() if part in (name, f.alias))
-        kind = next(found for found in _models_in(field.annotation))
+        tagged = [
+            c
+            for c in choices
+            if len(choices) > 1 and part in getattr(c.model_fields["name"].annotation, "__args__", ())
+        ]
+        if tagged:
+            choices = tagged
+            continue
+        field = next(f for name, f in choices[0].model_fields.items() if part in (name, f.alias))
+        choices = list(_models_in(field.annotation))
+    kind = choices[0]
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 

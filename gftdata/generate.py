@@ -1,42 +1,46 @@
 """`gft generate`: prompts -> expert + teacher + self responses -> rewards -> reference log-probs -> shards.
 
-Read it downward: `generate` is the pipeline, what follows are its steps in order. Everything that a run decides once
-(the recipe, the prompts, which shard they belong to) is written to `.work/` when the output is created, so that a run
-started again only reads it back.
+Read it downward: `generate` is the pipeline, what follows are its steps in order. What a run decides once is in
+`prepare.py`.
 """
 
-import hashlib
 import importlib.metadata
-import math
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel
-
 from gftdata import groups as grouping
-from gftdata.config import EngineConfig, GenerateConfig, SamplingConfig, recipe_differences
+from gftdata.config import EngineConfig, GenerateConfig, SglangConfig
 from gftdata.errors import UserError
 from gftdata.journal import Journal, entry_of, read_journal, shard_folder
-from gftdata.judging import judge_pool
-from gftdata.models import context_length, model_revision, shown_name
-from gftdata.prompts import prompt_from_json, prompt_to_json, read_prompts
-from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
+from gftdata.judging import Submit, open_judges
+from gftdata.models import shown_name
+from gftdata.prepare import (
+    Phase,
+    Plan,
+    check_engine,
+    check_output,
+    create_output,
+    phases,
+    read_plan,
+    rows_of_shard,
+    sample_seed,
+    shard_prompts,
+)
+from gftdata.rewards import resolve
 from gftdata.schema import SCHEMA_VERSION, groups_to_table
 from gftdata.shards import (
     DATA,
     FORMAT,
     MANIFEST,
-    RECORD,
     WORK,
     Manifest,
-    ModelRecord,
-    PromptCounts,
     TokenizerRecord,
     publish_shard,
     read_manifest,
@@ -52,48 +56,25 @@ from gftdata.types import (
     Completion,
     Group,
     Prompt,
+    Refusal,
     Response,
     SampleRequest,
-    Sampling,
     ScoreRequest,
-    Seed,
     TokenIds,
-    Verdict,
 )
 
 if TYPE_CHECKING:
-    from gftdata.engines.hf import HfEngine
-    from gftdata.engines.protocol import Sampler, Scorer
+    from gftdata.engines.protocol import Engine, Sampler, Scorer
 
+QUARANTINE = "quarantine"
 PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """One source whose responses are drawn rather than given."""
-
-    source: str
-    model: str
-    count: int
-    sampling: Sampling
-
-
-class Plan(BaseModel):
-    """What a data set will hold; fixed when its output is created, kept in `.work/plan.json`."""
-
-    model_config = RECORD
-
-    recipe: dict[str, Any]
-    models: tuple[ModelRecord, ...]
-    prompts: PromptCounts
-    num_shards: int
-
-
-@dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, for whoever shows progress."""
+    """Something that happened, for whoever shows progress; may come from another thread."""
 
-    kind: Literal["groups", "phase", "sample", "judged", "shard"]
+    kind: Literal["groups", "phase", "sample", "quarantined", "judged", "shard"]
     source: str = ""
     count: int = 0  # groups: in the data set; phase: samples still to draw; shard: groups in it
     done: int = 0  # groups: published before
@@ -113,6 +94,7 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None) ->
     out = Path(config.out)
     resolve(config.reward.name)
     check_output(config, out)
+    check_engine(config.engine)
     if (out / MANIFEST).is_file():
         return read_manifest(out)
     tokenizer = load_tokenizer(config.model)
@@ -133,21 +115,14 @@ def draw_teacher(
     config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase, journal: Journal, on_event: Listener
 ) -> None:
     """One teacher's phase over all shards: its model is up only meanwhile."""
-    out = Path(config.out)
     missing = count_missing(config, plan, shards, phase)
-    if missing == 0:
+    if not missing.total():
         return
     tokenizer = load_tokenizer(phase.model)
-    engine = open_engine(phase.model, config.engine, tokenizer)
-    on_event(Event("phase", phase.source, missing))
-    draw(
-        engine,
-        phase_requests(config, out, shards, phase, tokenizer),
-        phase,
-        journal,
-        _written_by(plan, phase),
-        on_event,
-    )
+    with closing(open_engine(phase.model, config.engine, tokenizer)) as engine:
+        on_event(Event("phase", phase.source, missing.total()))
+        for _ in draw(config, plan, shards, phase, engine, tokenizer, journal, on_event):
+            pass
 
 
 def finish_shards(
@@ -159,23 +134,57 @@ def finish_shards(
     journal: Journal,
     on_event: Listener,
 ) -> None:
-    """The last phase: the starting model draws its samples, all responses are judged and scored, shards published."""
-    out, reward, layout = Path(config.out), config.reward, config.shards
-    engine = open_engine(config.model, config.engine, tokenizer)
-    on_event(Event("phase", own.source, count_missing(config, plan, shards, own)))
-    with judge_pool(
-        reward.name, timeout_s=reward.timeout_s, workers=reward.workers, memory_gb=reward.memory_gb
-    ) as submit:
-        for shard in shards:
-            requests = phase_requests(config, out, [shard], own, tokenizer)
-            draw(engine, requests, own, journal, _written_by(plan, own), on_event)
+    """The last phase: the starting model draws its samples, all responses are judged and scored, shards published.
+
+    A shard is finished as soon as its last sample is there; beside the sampling where the engine can do both at once.
+    """
+    missing = count_missing(config, plan, shards, own)
+    with (
+        closing(open_engine(config.model, config.engine, tokenizer)) as engine,
+        open_judges(config.reward) as submit,
+        ThreadPoolExecutor(1) as background,
+    ):
+        write_atomic(Path(config.out) / WORK / "engine", engine.version)
+        on_event(Event("phase", own.source, missing.total()))
+        running: deque[Future[None]] = deque()
+
+        def finish(shard: int) -> None:
             journal.close_shard(shard)
-            groups = finish(assemble(config, shard, tokenizer), tokenizer, submit, engine, on_event)
-            table = groups_to_table(groups, layout.logprob_dtype)
-            publish_shard(out, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
-            shard_record(out, shard, plan.num_shards)
-            shutil.rmtree(shard_folder(out / WORK / "journal", shard), ignore_errors=True)
-            on_event(Event("shard", count=table.num_rows))
+            if not engine.concurrent:
+                finish_shard(config, plan, shard, tokenizer, submit, engine, on_event)
+                return
+            while len(running) > 1:  # a shard in work and one that waits: memory stays flat
+                running.popleft().result()
+            running.append(background.submit(finish_shard, config, plan, shard, tokenizer, submit, engine, on_event))
+
+        incomplete = [shard for shard in shards if missing[shard]]
+        for shard in sorted(set(shards) - set(incomplete)):
+            finish(shard)
+        for shard in draw(config, plan, incomplete, own, engine, tokenizer, journal, on_event):
+            missing[shard] -= 1
+            if not missing[shard]:
+                finish(shard)
+        for future in running:
+            future.result()
+
+
+def finish_shard(
+    config: GenerateConfig,
+    plan: Plan,
+    shard: int,
+    tokenizer: Tokenizer,
+    submit: Submit,
+    scorer: "Scorer",
+    on_event: Listener,
+) -> None:
+    """Judge, score and publish one shard whose samples are all there."""
+    out, layout = Path(config.out), config.shards
+    groups = judge_and_score(assemble(config, shard, tokenizer), tokenizer, submit, scorer, on_event)
+    table = groups_to_table(groups, layout.logprob_dtype)
+    publish_shard(out, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
+    shard_record(out, shard, plan.num_shards)
+    shutil.rmtree(shard_folder(out / WORK / "journal", shard), ignore_errors=True)
+    on_event(Event("shard", count=table.num_rows))
 
 
 def _written_by(plan: Plan, phase: Phase) -> str:
@@ -183,195 +192,30 @@ def _written_by(plan: Plan, phase: Phase) -> str:
     return f"{shown_name(record.name)}@{record.revision[:12]}"
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What a run would do, found without doing it."""
-
-    prompts: PromptCounts
-    num_shards: int
-    shards_published: int
-    prompt_tokens: int  # of all prompts together
-    given_tokens: int  # of expert demonstrations and given teacher responses
-    sampled_responses: int
-    max_sampled_tokens: int  # if every sample ran to responses.max_tokens
-
-
-def preview(config: GenerateConfig) -> Preview:
-    """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
+def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase) -> Counter[int]:
+    """Shard -> samples of a phase that are still to be drawn."""
     out = Path(config.out)
-    resolve(config.reward.name)
-    check_output(config, out)
-    survey = Survey(config, load_tokenizer(config.model))
-    num_prompts = sum(1 for _ in survey.prompts())
-    num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
-    sampled = num_prompts * sum(phase.count for phase in phases(config))
-    return Preview(
-        prompts=survey.counts(),
-        num_shards=num_shards,
-        shards_published=sum((out / DATA / shard_name(i, num_shards)).is_file() for i in range(num_shards)),
-        prompt_tokens=survey.prompt_tokens,
-        given_tokens=survey.given_tokens,
-        sampled_responses=sampled,
-        max_sampled_tokens=sampled * config.responses.max_tokens,
-    )
+    refused = quarantined(out)
+    missing: Counter[int] = Counter()
+    for shard in shards:
+        done = Counter(row for source, row, _ in read_journal(out / WORK / "journal", shard) if source == phase.source)
+        if not refused:  # the usual case needs no look at the prompts
+            missing[shard] = rows_of_shard(config, plan, shard) * phase.count - done.total()
+            continue
+        ids = (prompt.prompt_id for prompt in shard_prompts(out, shard))
+        missing[shard] = sum(phase.count - done[row] for row, prompt_id in enumerate(ids) if prompt_id not in refused)
+    return missing
 
 
-def phases(config: GenerateConfig) -> list[Phase]:
-    """The sources that are drawn: teachers first, the starting model last, since its engine goes on to score."""
-    responses = config.responses
-
-    def limit(sampling: SamplingConfig) -> Sampling:
-        return sampling.with_limit(responses.max_tokens)
-
-    teachers = [Phase(t.source, t.model, t.count, limit(t.sampling)) for t in responses.teachers if t.model]
-    return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling))]
+def quarantined(out: Path) -> set[str]:
+    """Prompts that the engine gave up; each has a file that says why."""
+    return {path.stem for path in (out / WORK / QUARANTINE).glob("*.json")}
 
 
-def check_output(config: GenerateConfig, out: Path) -> None:
-    """Refuse an output that holds something else, or a data set of another recipe."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: exists and is not a folder (out)")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    plan = read_plan(out)
-    if plan is None:
-        only_work = {path.name for path in out.iterdir()} == {WORK}
-        if not only_work:
-            raise UserError(f"{out}: not empty and not a data set of gft generate; name another folder (out)")
-        return
-    if differing := recipe_differences(plan.recipe, config.recipe()):
-        raise UserError(
-            f"{out}: was begun with another config: {differing}; use the earlier value to continue it, or name another "
-            "folder (out)"
-        )
-    for record in plan.models:
-        if (found := model_revision(record.name)) != record.revision:
-            raise UserError(
-                f"{out}: was begun with {record.name} at revision {record.revision[:12]}, which is now {found[:12]}; "
-                "restore that model, or name another folder (out)"
-            )
-
-
-def read_plan(out: Path) -> Plan | None:
-    """The plan of an output that was created before."""
-    path = out / WORK / "plan.json"
-    return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
-    """Fix the prompts and their shards. The plan is written last; a mistake on the way leaves nothing behind."""
-    existed = out.is_dir()
-    try:
-        plan = _write_prompts(config, out, tokenizer)
-    except BaseException:
-        shutil.rmtree(out / WORK if existed else out, ignore_errors=True)
-        raise
-    write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
-    return plan
-
-
-def _write_prompts(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
-    models = tuple(
-        ModelRecord(role=role, name=name, revision=model_revision(name))
-        for role, name in [("reference", config.model), *((phase.source, phase.model) for phase in phases(config))]
-    )
-    folder = out / WORK / "prompts"
-    survey = Survey(config, tokenizer)
-    num_shards = 0
-    prompts = survey.prompts()
-    while batch := list(islice(prompts, config.shards.groups_per_shard)):
-        text = "".join(prompt_to_json(prompt) + "\n" for prompt in batch)
-        write_atomic(folder / f"{num_shards:05d}.jsonl", text)
-        num_shards += 1
-    return Plan(recipe=config.recipe(), models=models, prompts=survey.counts(), num_shards=num_shards)
-
-
-class Survey:
-    """One pass over the prompt source: yields the prompts that fit and counts what does not."""
-
-    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self._readers = {config.model: tokenizer}  # every model that the prompts are put to
-        for phase in phases(config):
-            if phase.model not in self._readers:
-                self._readers[phase.model] = load_tokenizer(phase.model)
-        self._longest = dict.fromkeys(self._readers, 0)
-        self._read = self._too_long = self._given_missing = self._given_too_long = 0
-        self.prompt_tokens = self.given_tokens = 0
-
-    def prompts(self) -> Iterator[Prompt]:
-        """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
-        config, limit = self._config, self._config.prompts.max_prompt_tokens
-        needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
-        wanted = sum(config.responses.given_counts.values())
-        for prompt in read_prompts(config.prompts, grouping.given_columns(config), needs_ground_truth=needs_truth):
-            self._read += 1
-            lengths = {model: self._length(model, prompt) for model in self._readers}
-            length = lengths[config.model]
-            if length > limit:
-                if config.prompts.on_too_long == "error":
-                    raise UserError(
-                        f"prompt {self._read} has {length} tokens, over prompts.max_prompt_tokens={limit}; raise it, "
-                        "or set prompts.on_too_long=skip to leave such prompts out"
-                    )
-                self._too_long += 1
-                continue
-            completions = grouping.given_completions(config.responses, prompt, self._tokenizer)
-            self._given_missing += wanted - len(prompt.given)
-            self._given_too_long += len(prompt.given) - len(completions)
-            self.given_tokens += sum(len(completion.response_ids) for completion in completions)
-            self.prompt_tokens += length
-            self._longest = {model: max(longest, lengths[model]) for model, longest in self._longest.items()}
-            yield prompt
-        if self._read == self._too_long:
-            raise UserError(f"all {self._read} prompts are longer than prompts.max_prompt_tokens={limit}")
-        for model, longest in self._longest.items():
-            context = context_length(model)
-            if context is not None and longest + config.responses.max_tokens > context:
-                raise UserError(
-                    f"{model} holds {context} tokens, but the longest prompt has {longest} and "
-                    f"responses.max_tokens is {config.responses.max_tokens}; lower that, or prompts.max_prompt_tokens"
-                )
-
-    def _length(self, model: str, prompt: Prompt) -> int:
-        try:
-            return len(encode_prompt(self._readers[model], prompt.messages))
-        except UserError as error:
-            raise UserError(f"prompt {self._read}: {model}: {error}") from None
-
-    def counts(self) -> PromptCounts:
-        """What became of the rows; complete when `prompts` has been exhausted."""
-        return PromptCounts(
-            rows_read=self._read,
-            prompts=self._read - self._too_long,
-            prompts_too_long=self._too_long,
-            given_missing=self._given_missing,
-            given_too_long=self._given_too_long,
-        )
-
-
-def shard_prompts(out: Path, shard: int) -> list[Prompt]:
-    with (out / WORK / "prompts" / f"{shard:05d}.jsonl").open(encoding="utf-8") as lines:
-        return [prompt_from_json(line) for line in lines]
-
-
-def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:
-    size = config.shards.groups_per_shard
-    return min(size, plan.prompts.prompts - shard * size)
-
-
-def sample_seed(run_seed: int, prompt_id: str, source: str, index: int) -> Seed:
-    """The seed of one sample: 63 bits of sha256 over what identifies it, so that it is the same in every run."""
-    digest = hashlib.sha256(f"{run_seed}\n{prompt_id}\n{source}\n{index}".encode()).digest()
-    return Seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase) -> int:
-    """Samples of a phase that no journal holds yet."""
-    total = sum(rows_of_shard(config, plan, shard) for shard in shards) * phase.count
-    journals = (read_journal(Path(config.out) / WORK / "journal", shard) for shard in shards)
-    return total - sum(source == phase.source for entries in journals for source, _, _ in entries)
+def quarantine(out: Path, source: str, refusal: Refusal) -> None:
+    """Leave a prompt out of the data set, with its reason on record. Deleting the file has it tried again."""
+    entry = {"prompt_id": refusal.request.prompt_id, "source": source, "reason": refusal.reason}
+    write_atomic(out / WORK / QUARANTINE / f"{refusal.request.prompt_id}.json", json.dumps(entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,14 +228,16 @@ class Placed:
 
 
 def phase_requests(
-    config: GenerateConfig, out: Path, shards: Sequence[int], phase: Phase, tokenizer: Tokenizer
+    config: GenerateConfig, shards: Sequence[int], phase: Phase, tokenizer: Tokenizer
 ) -> Iterator[Placed]:
     """The requests of a phase that no journal answers yet, a group's one after the other."""
+    out = Path(config.out)
+    refused = quarantined(out)
     for shard in shards:
         done = read_journal(out / WORK / "journal", shard)
         for row, prompt in enumerate(shard_prompts(out, shard)):
             wanted = [k for k in range(phase.count) if (phase.source, row, k) not in done]
-            if not wanted:
+            if not wanted or prompt.prompt_id in refused:
                 continue
             prompt_ids = encode_prompt(tokenizer, prompt.messages)
             for k in wanted:
@@ -400,21 +246,37 @@ def phase_requests(
 
 
 def draw(
-    engine: "Sampler", placed: Iterable[Placed], phase: Phase, journal: Journal, model: str, on_event: Listener
-) -> None:
-    """Draw what is asked; a finished sample is in the journal before anything else happens to it."""
+    config: GenerateConfig,
+    plan: Plan,
+    shards: Sequence[int],
+    phase: Phase,
+    engine: "Sampler",
+    tokenizer: Tokenizer,
+    journal: Journal,
+    on_event: Listener,
+) -> Iterator[int]:
+    """Draw what a phase still lacks; yields the shard of each request as it is answered.
+
+    A finished sample is in the journal before anything else happens to it.
+    """
+    written_by = _written_by(plan, phase)
     places: dict[tuple[str, int], tuple[int, int]] = {}
 
     def requests() -> Iterator[SampleRequest]:
-        for item in placed:
+        for item in phase_requests(config, shards, phase, tokenizer):
             places[item.request.prompt_id, item.request.index] = item.shard, item.row
             yield item.request
 
-    for sample in engine.sample(requests(), phase.sampling):
-        shard, row = places.pop((sample.request.prompt_id, sample.request.index))
-        entry = entry_of(sample, phase.source, row, model)
-        journal.append(shard, entry)
-        on_event(Event("sample", phase.source, tokens=len(entry.response_ids)))
+    for answer in engine.sample(requests(), phase.sampling):
+        shard, row = places.pop((answer.request.prompt_id, answer.request.index))
+        if isinstance(answer, Refusal):
+            quarantine(Path(config.out), phase.source, answer)
+            on_event(Event("quarantined", phase.source))
+        else:
+            entry = entry_of(answer, phase.source, row, written_by)
+            journal.append(shard, entry)
+            on_event(Event("sample", phase.source, tokens=len(entry.response_ids)))
+        yield shard
 
 
 def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[tuple[Prompt, list[Completion]]]:
@@ -422,7 +284,10 @@ def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[t
     out = Path(config.out)
     entries = read_journal(out / WORK / "journal", shard)
     rows = []
+    refused = quarantined(out)
     for row, prompt in enumerate(shard_prompts(out, shard)):
+        if prompt.prompt_id in refused:
+            continue
         drawn = [
             grouping.drawn_completion(config.responses, entries[phase.source, row, k], tokenizer)
             for phase in phases(config)
@@ -433,10 +298,10 @@ def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[t
     return rows
 
 
-def finish(
+def judge_and_score(
     rows: Sequence[tuple[Prompt, Sequence[Completion]]],
     tokenizer: Tokenizer,
-    submit: Callable[[Prompt, str], "Future[Verdict]"],
+    submit: Submit,
     scorer: "Scorer",
     on_event: Listener,
 ) -> list[Group]:
@@ -469,7 +334,13 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan, tokenizer: Tokenizer
     complete = tuple(record for record in records if record is not None)
     paths = [out / DATA / record.name for record in complete]
     summary = summarise(paths)
-    expected = config.responses.size * plan.prompts.prompts - plan.prompts.given_missing - plan.prompts.given_too_long
+    refused = sorted(quarantined(out))
+    if refused:
+        entries = [(out / WORK / QUARANTINE / f"{prompt_id}.json").read_text() for prompt_id in refused]
+        write_atomic(out / f"{QUARANTINE}.jsonl", "".join(f"{entry}\n" for entry in entries))
+    drawn_by_teachers = {phase.source: phase.count for phase in phases(config) if phase.source != SELF}
+    expected = sum(drawn_by_teachers.values()) * summary.groups
+    found = sum(source.responses for source in summary.sources if source.source in drawn_by_teachers)
     manifest = Manifest(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
@@ -482,10 +353,11 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan, tokenizer: Tokenizer
             end_id=tokenizer.end_id,
             stop_ids=tokenizer.stop_ids,
         ),
-        engine=f"{config.engine.name} {importlib.metadata.version('transformers')}",
+        engine=(out / WORK / "engine").read_text(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         prompts=plan.prompts,
-        teacher_samples_left_out=expected - summary.responses,
+        prompts_quarantined=len(refused),
+        teacher_samples_left_out=expected - found,
         summary=summary,
         shards=complete,
     )
@@ -506,8 +378,12 @@ def _without_folders(value: Any, key: str = "") -> Any:
     return value
 
 
-def open_engine(model: str, config: EngineConfig, tokenizer: Tokenizer) -> "HfEngine":
-    """Start the configured engine; torch is imported here and not before."""
+def open_engine(model: str, config: EngineConfig, tokenizer: Tokenizer) -> "Engine":
+    """Start the configured engine. What an engine needs is imported here and not before."""
+    if isinstance(config, SglangConfig):
+        from gftdata.engines.sglang import open_engine as open_sglang
+
+        return open_sglang(model, config, tokenizer)
     from gftdata.engines.hf import open_engine as open_hf
 
     return open_hf(model, config, tokenizer)

@@ -35,7 +35,7 @@ class Entry:
     response_ids: TokenIds
     behavior_logprobs: LogProbs
     finish_reason: FinishReason
-    seed: int
+    seed: int | None
     model: str
 
     @property
@@ -53,7 +53,7 @@ def entry_of(sample: Sample, source: str, row: int, model: str) -> Entry:
         sample.response_ids,
         sample.behavior_logprobs,
         sample.finish_reason,
-        int(sample.request.seed),
+        sample.seed,
         model,
     )
 

@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
 
+from gftdata.config import RewardConfig
 from gftdata.errors import UserError
 from gftdata.rewards import BUILTIN, judge, resolve
 from gftdata.types import Prompt, Verdict
@@ -46,6 +47,11 @@ def default_workers() -> int:
     """One for each usable core, 8 at most."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
+
+
+def open_judges(config: RewardConfig) -> AbstractContextManager[Submit]:
+    """`judge_pool` as the settings say."""
+    return judge_pool(config.name, timeout_s=config.timeout_s, workers=config.workers, memory_gb=config.memory_gb)
 
 
 @contextmanager

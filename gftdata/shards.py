@@ -118,6 +118,7 @@ class Manifest(BaseModel):
     engine: str
     packages: dict[str, str]
     prompts: PromptCounts
+    prompts_quarantined: int  # given up by the engine; quarantine.jsonl says why
     teacher_samples_left_out: int  # drawn, but empty or over responses.max_tokens in this vocabulary
     summary: Summary
     shards: tuple[ShardRecord, ...]
@@ -152,16 +153,25 @@ def publish_shard(out: Path, shard: int, num_shards: int, table: pa.Table, row_g
         pq.write_table(table, file, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
         file.flush()
         os.fsync(file.fileno())
+    _publish(staged, target)
+    fsync_folder(target.parent)
+
+
+def _publish(staged: Path, target: Path) -> None:
     try:
         os.link(staged, target)
     except FileExistsError:
         pass
-    finally:
-        staged.unlink()
-    _fsync_folder(target.parent)
+    except OSError:
+        # no hard links here. Between this look and the renaming another worker may publish; its copy, complete and
+        # with the same prompts, is then replaced by this one, which is why records are made from the file
+        if not target.exists():
+            staged.rename(target)
+    staged.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -254,8 +264,9 @@ def verify(folder: Path, *, progress: Callable[[str], None] = lambda name: None)
     listed = {record.name for record in manifest.shards}
     problems += [f"{p}: not in the manifest" for p in sorted((folder / DATA).glob("*")) if p.name not in listed]
     rows = sum(record.rows for record in manifest.shards)
-    if rows != manifest.prompts.prompts:
-        problems.append(f"{folder}: {rows} rows in the manifest's shards for {manifest.prompts.prompts} prompts")
+    expected = manifest.prompts.prompts - manifest.prompts_quarantined
+    if rows != expected:
+        problems.append(f"{folder}: {rows} rows in the manifest's shards for {expected} prompts")
     return problems
 
 

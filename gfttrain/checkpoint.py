@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from gftdata.errors import UserError
+from gftdata.shards import fsync_folder
 
 FOLDER = "checkpoints"
 
@@ -61,6 +62,7 @@ def save(
             os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
+    fsync_folder(target.parent)
     for old in sorted((out / FOLDER).glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return target

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 
-from gftdata.config import STRICT, EngineConfig, PromptsConfig, RewardConfig, SamplingConfig
+from gftdata.config import STRICT, HfConfig, PromptsConfig, RewardConfig, SamplingConfig
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -116,7 +116,7 @@ class EvalConfig(BaseModel):
     sampling: SamplingConfig = SamplingConfig(temperature=0.5)
     max_tokens: PositiveInt = 4096
     reference: str | None = None  # a model to measure KL(model || reference) to; needs temperature 1 and top_p 1
-    engine: EngineConfig = EngineConfig()
+    engine: HfConfig = HfConfig()
     out: str | None = None  # JSON file of the result
     seed: int = 0
 

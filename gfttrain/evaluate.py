@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from gftdata.engines.hf import HfEngine, open_engine
 from gftdata.errors import UserError
-from gftdata.generate import sample_seed
-from gftdata.judging import judge_pool
+from gftdata.judging import Submit, open_judges
+from gftdata.prepare import sample_seed
 from gftdata.prompts import read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH
 from gftdata.shards import write_atomic
@@ -88,16 +88,17 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> Eva
     count = len(prompts) * (config.num_samples + config.greedy)
     on_event(Event("start", count=count))
     sampling = config.sampling.with_limit(config.max_tokens)
-    samples, verdicts = _sample(config, engine, prompts, sampling, config.num_samples, on_event)
+    greedy_sampling = Sampling(1.0, GREEDY_TOP_P, config.max_tokens, sampling.stop)
+    with open_judges(config.reward) as submit:
+        samples, verdicts = _sample(config, engine, prompts, sampling, config.num_samples, submit, on_event)
+        best, best_verdicts = _sample(config, engine, prompts, greedy_sampling, int(config.greedy), submit, on_event)
     rewards_PN = np.array([[np.nan if v.reward is None else v.reward for v in row] for row in verdicts])
     greedy: float | None = None
     answers: tuple[Answer, ...] = ()
     if config.greedy:
-        best = Sampling(1.0, GREEDY_TOP_P, config.max_tokens, sampling.stop)
-        greedy_samples, greedy_verdicts = _sample(config, engine, prompts, best, 1, on_event)
-        judged = [v.reward == 1.0 for (v,) in greedy_verdicts if v.reward is not None]
+        judged = [v.reward == 1.0 for (v,) in best_verdicts if v.reward is not None]
         greedy = float(np.mean(judged)) if judged else None
-        shown = zip(prompts, greedy_samples, greedy_verdicts, strict=True)
+        shown = zip(prompts, best, best_verdicts, strict=True)
         answers = tuple(
             Answer(prompt.messages[-1].content, sample.text, verdict.reward)
             for prompt, (sample,), (verdict,) in list(shown)[:EXAMPLES]
@@ -146,10 +147,15 @@ def _prompts(config: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], in
 
 
 def _sample(
-    config: EvalConfig, engine: HfEngine, prompts: Sequence[Prompt], sampling: Sampling, count: int, on_event: Listener
+    config: EvalConfig,
+    engine: HfEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    count: int,
+    submit: Submit,
+    on_event: Listener,
 ) -> tuple[list[list[Sample]], list[list[Verdict]]]:
     """`count` samples of each prompt with their verdicts, in the prompts' order."""
-    reward = config.reward
     place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
     requests = (
         SampleRequest(p.prompt_id, k, ids, sample_seed(config.seed, p.prompt_id, "eval", k))
@@ -158,17 +164,14 @@ def _sample(
         for k in range(count)
     )
     found = []
-    with judge_pool(
-        reward.name, timeout_s=reward.timeout_s, workers=reward.workers, memory_gb=reward.memory_gb
-    ) as submit:
-        for sample in engine.sample(requests, sampling):
-            row = place[sample.request.prompt_id]
-            found.append((row, sample.request.index, sample, submit(prompts[row], sample.text)))
-            on_event(Event("sample", tokens=len(sample.response_ids)))
-        found.sort(key=lambda item: item[:2])
-        verdicts = [future.result() for *_, future in found]
+    for sample in engine.sample(requests, sampling):
+        row = place[sample.request.prompt_id]
+        found.append((row, sample.request.index, sample, submit(prompts[row], sample.text)))
+        on_event(Event("sample", tokens=len(sample.response_ids)))
+    found.sort(key=lambda item: item[:2])
+    verdicts = [future.result() for *_, future in found]
     samples = [sample for _, _, sample, _ in found]
-    rows = range(0, len(found), count)
+    rows = range(0, len(found), max(1, count))
     return [samples[i : i + count] for i in rows], [verdicts[i : i + count] for i in rows]
 
 

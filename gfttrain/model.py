@@ -22,8 +22,18 @@ PACKING_TOLERANCE = 1e-2  # nats; rounding in float32 stays far below, a leak fa
 
 
 def load_for_training(config: TrainConfig, device: torch.device) -> Any:
-    """A transformers model with float32 weights: at a learning rate of 1e-6, bfloat16 would lose the updates."""
+    """A transformers model with float32 weights: at a learning rate of 1e-6, bfloat16 would lose the updates.
+
+    Without dropout, whatever its config says: with it, log-ratios would be noise and the update would depend on the cut
+    into micro-batches.
+    """
     model = load_model(config.model, torch.float32, device)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     if config.gradient_checkpointing:
         # transformers 5 renames it on the way; the older name warns where both are there
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -143,9 +143,9 @@ def shuffled_groups(index: Index, window: int, rng: np.random.Generator) -> npt.
     return np.lexsort((rng.random(index.num_groups), window_G)).astype(np.int64)
 
 
-def schedule_hash(index: Index, selection: Selection, steps: Sequence[Step]) -> str:
-    """sha256 over what every step trains on: groups, advantages, N."""
-    digest = hashlib.sha256()
+def schedule_hash(index: Index, selection: Selection, steps: Sequence[Step], shard_hashes: Sequence[str]) -> str:
+    """sha256 over what every step trains on: the shards' content, groups, advantages, N."""
+    digest = hashlib.sha256("\n".join(shard_hashes).encode())
     for array in (index.offsets, index.num_tokens, index.num_prompt_tokens, selection.advantages_R, selection.used_R):
         digest.update(np.ascontiguousarray(array).tobytes())
     for step in steps:

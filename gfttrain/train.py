@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Prepared:
         max_steps=config.max_steps,
         skip_unjudged=skip_unjudged,
     )
-    digest = schedule_hash(index, selection, steps)
+    digest = schedule_hash(index, selection, steps, [record.sha256 for m in manifests for record in m.shards])
     out = Path(config.out)
     _check_output(config, out)
     resume_from = checkpoint.latest(out)
@@ -192,7 +192,9 @@ def write_run_file(config: TrainConfig, out: Path) -> None:
 
 
 def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> list[str]:
-    reference = next(record for record in manifest.models if record.role == "reference")
+    reference = next((record for record in manifest.models if record.role == "reference"), None)
+    if reference is None:
+        raise UserError(f"{folder}: its manifest names no reference model")
     if tokenizer.hash != manifest.tokenizer.hash:
         raise UserError(
             f"{folder}: its token ids come from the tokenizer of {reference.name}, and {config.model} has another; "

@@ -3,6 +3,7 @@
 Those are imported inside the commands, so that `gft --help` is instant and needs neither torch nor transformers.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,10 +44,11 @@ def generate(
     settings = load_config(GenerateConfig, config, _overrides(set_, model=model, out=out))
     _quiet_libraries()
     from gftdata import generate as generation
+    from gftdata.prepare import preview
 
     console = show.open_console()
     if dry_run:
-        show.generation_plan(console, settings, generation.preview(settings))
+        show.generation_plan(console, settings, preview(settings))
         return
     with progress.generation(console, settings) as listener:
         manifest = generation.generate(settings, listener)
@@ -169,6 +171,8 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point. A mistake that the user can mend ends in one line and exit code 2."""
+    # read when torch is loaded: threads that wait by spinning make a shared machine many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
-    from gftdata.generate import Preview
+    from gftdata.prepare import Preview
     from gftdata.shards import Manifest, SourceSummary
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import EvalResult
@@ -70,6 +70,7 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
     console.print()
     left_out = {
         "prompts too long": counts.prompts_too_long,
+        "prompts that the engine gave up (quarantine.jsonl)": found.prompts_quarantined,
         "given texts missing": counts.given_missing,
         "given texts too long": counts.given_too_long,
         "teacher samples empty or too long": found.teacher_samples_left_out,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gftdata.config import EngineConfig
+from gftdata.config import HfConfig
 from gftdata.errors import UserError, first_line
 from gftdata.tokens import Tokenizer, decode_response, next_token_inputs
 from gftdata.types import FinishReason, LogProbs, Sample, SampleRequest, Sampling, ScoreRequest, TokenIds
@@ -62,6 +63,9 @@ def token_logprobs(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tens
 class HfEngine:
     """A loaded model that samples and scores."""
 
+    concurrent = False  # one forward pass at a time
+    version = f"hf {transformers.__version__}"
+
     def __init__(self, model: Any, tokenizer: Tokenizer, *, batch_size: int, batch_tokens: int) -> None:
         # a model's own generation settings (penalties, bad words) would make samples of another policy than pi
         model.generation_config = GenerationConfig()
@@ -70,6 +74,12 @@ class HfEngine:
         self.batch_size = batch_size
         self.batch_tokens = max(1, min(batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size))
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     @torch.inference_mode()
     def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample]:
@@ -198,7 +208,7 @@ class HfEngine:
             )
 
 
-def open_engine(model: str, config: EngineConfig, tokenizer: Tokenizer) -> HfEngine:
+def open_engine(model: str, config: HfConfig, tokenizer: Tokenizer) -> HfEngine:
     """Load a model as the config says."""
     device = pick_device(config.device)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16

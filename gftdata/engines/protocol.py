@@ -6,14 +6,14 @@ Two Protocols, because an endpoint that returns only text can be a teacher and n
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from gftdata.types import LogProbs, Sample, SampleRequest, Sampling, ScoreRequest
+from gftdata.types import LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest
 
 
 class Sampler(Protocol):
     """Draws responses."""
 
-    def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample]:
-        """Yield one sample for each request, in order of completion.
+    def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample | Refusal]:
+        """Yield one sample for each request, or its refusal where the engine gave it up, in order of completion.
 
         Requests of one prompt come one after the other. They are taken from the iterable as there is room for them.
         """
@@ -25,4 +25,22 @@ class Scorer(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs]:
         """log pi of each request's response tokens [T], in order: nats, temperature 1, full vocabulary."""
+        ...
+
+
+class Engine(Sampler, Scorer, Protocol):
+    """A running model that does both."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether `score` may be called by another thread while `sample` goes on."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Name and version, as the manifest records them."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
         ...

@@ -2,8 +2,8 @@
 
 A dead scheduler kills its whole process tree, so the engine lives in `sglang_worker.py`, run by this interpreter or by
 `engine.python`. A supervisor thread starts it, reads its answers, and when it dies starts it again with back-off and
-sends the unfinished requests once more: first those that were in flight, one at a time, so that one which brings the
-engine down is found and given up (a Refusal) without the others.
+sends the unfinished requests once more. Those that were there at two deaths are suspects and are sent by halves, so
+that one which brings the engine down is soon there alone, and is given up (a Refusal) without the others.
 
 Every request is n = 1 with its own seed. Log-probs of samples are decode-time, temperature-scaled; reference log-probs
 come from `score`, a pass over given ids at temperature 1.
@@ -21,6 +21,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from gftdata.types import FinishReason, LogProbs, Refusal, Sample, SampleRequest
 WORKER = Path(__file__).with_name("sglang_worker.py")
 BACK_OFF_S = (1.0, 5.0, 15.0, 60.0)  # before a restart, growing while restarts bring no answer
 TRIES = 3  # how often a request may fail, or be there when the engine dies, before it is given up
+SUSPECT_AFTER = 2  # deaths: the first may have had any cause
 STOP_S = 20.0  # how long an idle engine may take to end by itself
 
 Request = TypeVar("Request")
@@ -51,6 +53,7 @@ class _Job:
     arguments: Mapping[str, Any]
     answers: "queue.SimpleQueue[tuple[_Job, dict[str, Any] | UserError]]"
     failures: list[str] = field(default_factory=list)
+    deaths: int = 0  # of the engine, while it was there
 
 
 class SglangEngine:
@@ -67,16 +70,21 @@ class SglangEngine:
         self._log = Path(tempfile.mkdtemp(prefix="gft-engine-")) / "engine.log"
         self._lock = threading.Lock()
         self._jobs: dict[int, _Job] = {}  # sent, or to be sent when the engine is up
-        self._suspects: list[int] = []  # were there when it died; sent one at a time
+        self._suspects: list[int] = []  # were there at two deaths; sent by halves, nothing else meanwhile
+        self._tried: set[int] = set()  # the suspects that are with the engine
         self._next = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        self.version = ""
+        self._started = ""  # SGLang's version, once it has been up
         self.restarts = 0
         self._ready: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
         threading.Thread(target=self._supervise, name="sglang-supervisor", daemon=True).start()
         if (error := self._ready.get()) is not None:
             raise error
+
+    @property
+    def version(self) -> str:
+        return f"sglang {self._started}"
 
     def __enter__(self) -> "SglangEngine":
         return self
@@ -140,11 +148,10 @@ class SglangEngine:
         if process is None:
             return
         if process.stdin is not None:
-            process.stdin.close()
-        try:
+            with suppress(OSError):
+                process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
         _kill_tree(process)
 
     def _replica(self, prompt_ids: TokenIds) -> dict[str, int]:
@@ -156,7 +163,9 @@ class SglangEngine:
         ids = np.asarray(answer["output_ids"], dtype=np.int32)
         pairs = answer["output_token_logprobs"]
         if [int(token) for _, token in pairs] != ids.tolist():
-            raise UserError("engine sglang: log-probs of other tokens than the sampled ones; this version is not supported")
+            raise UserError(
+                "engine sglang: log-probs of other tokens than the sampled ones; this version is not supported"
+            )
         reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
         logprobs = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
         seed = int(request.seed) if self.honours_seeds else None
@@ -196,7 +205,8 @@ class SglangEngine:
             had_suspects = bool(self._suspects)
             self._jobs = {number: job for number, job in self._jobs.items() if job not in jobs}
             self._suspects = [number for number in self._suspects if number in self._jobs]
-            if had_suspects:
+            self._tried &= set(self._suspects)
+            if had_suspects and not self._tried:
                 self._send_next()
 
     def _submit(self, job: _Job) -> None:
@@ -223,7 +233,7 @@ class SglangEngine:
         while True:
             self._forget_process()
             try:
-                answered = self._run_once(first=self.version == "")
+                answered = self._run_once(first=not self._started)
             except EngineDied as error:
                 self._give_up(UserError(f"engine sglang: {error}"))
                 return
@@ -231,10 +241,14 @@ class SglangEngine:
                 return
             self.restarts += 1
             fruitless = 0 if answered else fruitless + 1
-            if fruitless == len(BACK_OFF_S):
-                self._give_up(UserError(f"engine sglang: died {fruitless} times without an answer: {self._last_words()}"))
+            if (
+                fruitless > SUSPECT_AFTER + self._max_in_flight.bit_length() + 2
+            ):  # more than it takes to find one culprit
+                self._give_up(
+                    UserError(f"engine sglang: died {fruitless} times without an answer: {self._last_words()}")
+                )
                 return
-            time.sleep(BACK_OFF_S[fruitless])
+            time.sleep(BACK_OFF_S[min(fruitless, len(BACK_OFF_S) - 1)])
 
     def _run_once(self, *, first: bool) -> bool:
         """One life of the child; returns whether it gave any answer."""
@@ -262,7 +276,7 @@ class SglangEngine:
                     answered = True
                     self._on_answer(message)
         _kill_tree(process)
-        if not self.version:
+        if not self._started:
             raise EngineDied(f"did not start: {self._last_words()}")
         if ready:  # otherwise it is the start that failed, and no request is to blame
             self._on_death(process)
@@ -270,7 +284,7 @@ class SglangEngine:
 
     def _on_ready(self, process: "subprocess.Popen[bytes]", version: str, first: bool) -> None:
         with self._lock:
-            self.version = version
+            self._started = version
             self._process = process
             self._send_next()
         if first:
@@ -292,36 +306,34 @@ class SglangEngine:
                 job.failures.append(failure)
             if number in self._suspects:
                 self._suspects.remove(number)
-                self._send_next()
+                self._tried.discard(number)
+                if not self._tried:
+                    self._send_next()
         job.answers.put((job, UserError(failure) if failure else message["answer"]))
 
     def _send_next(self) -> None:
-        """The next suspect alone, or, when all have been cleared, everything that waits."""
-        if self._suspects:
-            self._send(self._suspects[0], self._jobs[self._suspects[0]])
-        else:
-            for number, job in self._jobs.items():
-                self._send(number, job)
+        """The next half of the suspects, or, when all have been cleared, everything that waits."""
+        self._tried = set(self._suspects[: (len(self._suspects) + 1) // 2])
+        for number in list(self._tried) or list(self._jobs):
+            self._send(number, self._jobs[number])
 
     def _on_death(self, process: "subprocess.Popen[bytes]") -> None:
-        """Whoever was with the engine is a suspect; one that was there alone has failed."""
-        given_up = []
+        """Blame what was with the engine: who is there alone, after a death in company or two alone, is given up."""
+        given_up = None
         with self._lock:
             if self._closed:
                 return
-            words = f"the engine died (exit code {process.returncode}): {self._last_words()}"
-            alone = self._suspects[:1]
-            if not self._suspects:
-                self._suspects = list(self._jobs)
-                alone = self._suspects if len(self._suspects) == 1 else []
-            for number in alone:
-                job = self._jobs[number]
-                job.failures.append(words)
-                if len(job.failures) >= TRIES:
-                    given_up.append(self._jobs.pop(number))
-                    self._suspects.remove(number)
-        for job in given_up:
-            job.answers.put((job, UserError(job.failures[-1])))
+            there = list(self._tried or self._jobs)
+            for number in there:
+                self._jobs[number].deaths += 1
+            if len(there) == 1 and self._jobs[there[0]].deaths >= TRIES:
+                given_up = self._jobs.pop(there[0])
+                given_up.failures.append(f"the engine died (exit code {process.returncode}): {self._last_words()}")
+                there = []
+            self._suspects = [number for number in there if self._jobs[number].deaths >= SUSPECT_AFTER]
+            self._tried = set()
+        if given_up is not None:
+            given_up.answers.put((given_up, UserError(given_up.failures[-1])))
 
     def _forget_process(self) -> None:
         with self._lock:
@@ -329,8 +341,8 @@ class SglangEngine:
 
     def _give_up(self, error: UserError) -> None:
         with self._lock:
-            jobs, self._jobs, self._suspects = list(self._jobs.values()), {}, []
-        if not self.version:
+            jobs, self._jobs, self._suspects, self._tried = list(self._jobs.values()), {}, [], set()
+        if not self._started:
             self._ready.put(error)
         for job in jobs:
             job.failures.clear()
@@ -346,9 +358,20 @@ class SglangEngine:
 
 def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:
     """Start the engine; returns when it is ready. Raises UserError when it does not come up."""
+    check_python(config)
+    return SglangEngine(model, config, tokenizer)
+
+
+def check_python(config: SglangConfig) -> None:
+    """Raise UserError where the interpreter that is to run the engine is missing, or has no SGLang."""
     if config.python is not None and not Path(config.python).is_file():
         raise UserError(f"{config.python}: no such interpreter (engine.python)")
-    return SglangEngine(model, config, tokenizer)
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    if subprocess.run([config.python or sys.executable, "-c", look], check=False).returncode != 0:
+        raise UserError(
+            f"{config.python or sys.executable}: has no SGLang; install it in an environment of its own "
+            "(pip install -c constraints-sglang.txt sglang) and name that one's interpreter as engine.python"
+        )
 
 
 def _failure(answer: dict[str, Any]) -> str | None:
@@ -374,8 +397,9 @@ def _scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
 
 def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
     """End the child and everything it started: it is the leader of a session of its own."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
+    if process.stdin is not None:
+        with suppress(OSError):  # what was written last may have nobody to read it
+            process.stdin.close()

@@ -18,8 +18,9 @@ import pytest
 
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate, preview, sample_seed
+from gftdata.generate import Event, generate
 from gftdata.journal import read_journal
+from gftdata.prepare import preview, sample_seed
 from gftdata.schema import table_to_groups
 from gftdata.shards import MANIFEST, WORK, Manifest, read_manifest, shard_paths, verify
 from gftdata.tokens import encode_response, load_tokenizer
@@ -152,7 +153,7 @@ def test_every_prompt_is_there_once_in_the_order_of_the_source(finished: Path) -
     manifest = read_manifest(finished)
     assert [record.rows for record in manifest.shards] == [6, 6, 6, 3]
     assert (manifest.prompts.rows_read, manifest.prompts.prompts) == (NUM_PROMPTS, NUM_PROMPTS)
-    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["plan.json", "records"]
+    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["engine", "plan.json", "records"]
 
 
 def test_groups_hold_what_the_config_asks_for_in_its_order(finished: Path, demo: Path) -> None:

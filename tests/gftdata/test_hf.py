@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gftdata.config import EngineConfig
+from gftdata.config import HfConfig
 from gftdata.engines.hf import HfEngine, load_model, open_engine, pick_device
 from gftdata.errors import UserError
 from gftdata.tokens import decode_response, encode_prompt, encode_response, load_tokenizer
@@ -22,7 +22,7 @@ CHAT_PROMPTS = ["What is 12+34?", "x", "Let x be one of the numbers. Then x =", 
 
 
 def engine_for(model: Path, **settings: Any) -> HfEngine:
-    return open_engine(str(model), EngineConfig(device="cpu", **settings), load_tokenizer(str(model)))
+    return open_engine(str(model), HfConfig(device="cpu", **settings), load_tokenizer(str(model)))
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ def manifest_of(out: Path, prompts: int | None = None) -> Manifest:
                 "given_missing": 0,
                 "given_too_long": 0,
             },
+            "prompts_quarantined": 0,
             "teacher_samples_left_out": 0,
             "summary": {
                 "groups": 0,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from gftdata.config import validate_config
 from gftdata.engines.hf import open_engine
 from gftdata.errors import UserError
-from gftdata.generate import sample_seed
+from gftdata.prepare import sample_seed
 from gftdata.prompts import read_prompts
 from gftdata.rewards import judge
 from gftdata.tokens import encode_prompt, load_tokenizer

@@ -200,9 +200,16 @@ def test_shuffling_stays_within_windows_of_row_groups(window: int) -> None:
 
 
 def test_the_hash_speaks_for_what_is_trained(index: Index) -> None:
-    def digest(changed: Index, *, seed: int = 0, objective: ObjectiveConfig = GFT, size: int = 8) -> str:
+    def digest(
+        changed: Index,
+        *,
+        seed: int = 0,
+        objective: ObjectiveConfig = GFT,
+        size: int = 8,
+        shards: tuple[str, ...] = ("a",),
+    ) -> str:
         selection = select(changed, objective)
-        return schedule_hash(changed, selection, schedule(changed, selection, seed=seed, groups_per_step=size))
+        return schedule_hash(changed, selection, schedule(changed, selection, seed=seed, groups_per_step=size), shards)
 
     original = digest(index)
     assert digest(index) == original
@@ -218,6 +225,7 @@ def test_the_hash_speaks_for_what_is_trained(index: Index) -> None:
         digest(dataclasses.replace(index, num_tokens=tokens)),
         digest(dataclasses.replace(index, num_prompt_tokens=prompts)),
         digest(index, seed=1),
+        digest(index, shards=("b",)),
         digest(index, size=9),
         digest(index, objective=ObjectiveConfig(sources=("self",))),
     ]
@@ -279,7 +287,7 @@ def test_a_hundred_thousand_groups() -> None:
     began = time.perf_counter()
     selection = select(index, GFT)
     steps = schedule(index, selection, groups_per_step=64)
-    schedule_hash(index, selection, steps)
+    schedule_hash(index, selection, steps, [])
     cuts = micro_batches(index, selection, steps[0], BatchConfig())
     print(f"planned in {time.perf_counter() - began:.2f} s")
     assert sum(step.num_loss_tokens for step in steps) == index.num_tokens.sum()

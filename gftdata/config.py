@@ -170,7 +170,8 @@ class TeacherConfig(BaseModel):
 
     name: Name  # the source is recorded as teacher:<name>
     column: str | None = None  # given responses: a text, or a list of texts
-    model: str | None = None  # or: a model, sampled by `engine`
+    model: str | None = None  # or: a model to sample
+    engine: EngineConfig | None = None  # what runs that model; default: the config's engine
     count: PositiveInt = 3
     sampling: SamplingConfig = SamplingConfig()
 
@@ -262,7 +263,14 @@ class GenerateConfig(BaseModel):
         """The settings that change the output; a run continues only where these are the same."""
         engine: dict[str, Any] = dict.fromkeys(COMPUTE_SETTINGS, True) | {"options": COMPUTE_OPTIONS}
         return self.model_dump(
-            mode="json", by_alias=True, exclude={"out": True, "engine": engine, "reward": {"workers"}}
+            mode="json",
+            by_alias=True,
+            exclude={
+                "out": True,
+                "engine": engine,
+                "reward": {"workers"},
+                "responses": {"teachers": {"__all__": {"engine": engine}}},
+            },
         )
 
 

@@ -94,7 +94,8 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None) ->
     out = Path(config.out)
     resolve(config.reward.name)
     check_output(config, out)
-    check_engine(config.engine)
+    for phase in phases(config):
+        check_engine(phase.engine)
     if (out / MANIFEST).is_file():
         return read_manifest(out)
     tokenizer = load_tokenizer(config.model)
@@ -119,7 +120,7 @@ def draw_teacher(
     if not missing.total():
         return
     tokenizer = load_tokenizer(phase.model)
-    with closing(open_engine(phase.model, config.engine, tokenizer)) as engine:
+    with closing(open_engine(phase.model, phase.engine, tokenizer)) as engine:
         on_event(Event("phase", phase.source, missing.total()))
         for _ in draw(config, plan, shards, phase, engine, tokenizer, journal, on_event):
             pass
@@ -140,7 +141,7 @@ def finish_shards(
     """
     missing = count_missing(config, plan, shards, own)
     with (
-        closing(open_engine(config.model, config.engine, tokenizer)) as engine,
+        closing(open_engine(own.model, own.engine, tokenizer)) as engine,
         open_judges(config.reward) as submit,
         ThreadPoolExecutor(1) as background,
     ):

@@ -33,6 +33,7 @@ class Phase:
     model: str
     count: int
     sampling: Sampling
+    engine: EngineConfig
 
 
 class Plan(BaseModel):
@@ -86,8 +87,12 @@ def phases(config: GenerateConfig) -> list[Phase]:
     def limit(sampling: SamplingConfig) -> Sampling:
         return sampling.with_limit(responses.max_tokens)
 
-    teachers = [Phase(t.source, t.model, t.count, limit(t.sampling)) for t in responses.teachers if t.model]
-    return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling))]
+    teachers = [
+        Phase(t.source, t.model, t.count, limit(t.sampling), t.engine or config.engine)
+        for t in responses.teachers
+        if t.model
+    ]
+    return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling), config.engine)]
 
 
 def check_output(config: GenerateConfig, out: Path) -> None:

@@ -32,7 +32,17 @@ Model = Annotated[str | None, typer.Option("--model", help="Overrides `model` of
 
 @app.command()
 def generate(
-    config: ConfigFile, model: Model = None, out: Out = None, set_: Set = None, dry_run: DryRun = False
+    config: ConfigFile,
+    model: Model = None,
+    out: Out = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            "--pilot", metavar="N", min=1, help="With --dry-run: N prompts for real, and what all would take."
+        ),
+    ] = None,
 ) -> None:
     """Turn prompts into response groups with rewards and reference log-probs, as Parquet shards.
 
@@ -44,11 +54,20 @@ def generate(
     settings = load_config(GenerateConfig, config, _overrides(set_, model=model, out=out))
     _quiet_libraries()
     from gftdata import generate as generation
+    from gftdata.pilot import run_pilot
     from gftdata.prepare import preview
 
     console = show.open_console()
+    if pilot is not None and not dry_run:
+        raise UserError("--pilot goes with --dry-run: it measures and keeps nothing")
     if dry_run:
-        show.generation_plan(console, settings, preview(settings))
+        planned = preview(settings)
+        show.generation_plan(console, settings, planned)
+        if pilot is not None:
+            console.print(f"\nRunning {min(pilot, planned.prompts.prompts)} prompts for real\n", highlight=False)
+            with progress.generation(console, settings) as listener:
+                measured = run_pilot(settings, planned, pilot, listener)
+            show.pilot(console, measured)
         return
     with progress.generation(console, settings) as listener:
         manifest = generation.generate(settings, listener)

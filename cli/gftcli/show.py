@@ -8,6 +8,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
+    from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
     from gftdata.shards import Manifest, SourceSummary
     from gfttrain.config import TrainConfig
@@ -40,6 +41,14 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def generation_plan(console: Console, config: "GenerateConfig", preview: "Preview") -> None:
     """What `gft generate` would do."""
     counts, responses = preview.prompts, config.responses
@@ -59,6 +68,24 @@ def generation_plan(console: Console, config: "GenerateConfig", preview: "Previe
             "engine": config.engine.name,
             "shards": f"{preview.num_shards}, {preview.shards_published} of them published already",
             "output": f"{config.out} (nothing was written)",
+        },
+    )
+
+
+def pilot(console: Console, measured: "Pilot") -> None:
+    """What a pilot measured, and what to expect of the whole."""
+    sources(console, measured.summary.sources)
+    summary = measured.summary
+    console.print()
+    facts(
+        console,
+        {
+            "measured": f"{summary.groups:,} groups, {summary.response_tokens:,} response tokens "
+            f"in {measured.seconds:.1f} s ({summary.response_tokens / max(1e-9, measured.seconds):,.0f} tokens/s)",
+            "with signal": f"{measured.share_with_signal:.0%} of the groups",
+            "expected": f"{measured.expected_response_tokens:,} response tokens, "
+            f"{measured.expected_bytes / 1e6:,.1f} MB, {duration(measured.expected_seconds)} at this rate",
+            "kept": "nothing",
         },
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +172,21 @@ def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:
     damaged = gft("validate", "data")
     assert damaged.code == 1
     assert shard.name in damaged.out and "sha256" in damaged.out
+
+
+def test_a_pilot_measures_and_keeps_nothing(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml")
+    before = tree(tmp_path)
+    refused(gft, "generate", config, "--pilot", "3", saying=("--dry-run",))
+    measured = gft("generate", config, "--dry-run", "--pilot", "3")
+    assert measured.code == 0, measured.err
+    assert tree(tmp_path) == before
+    whole = gft("generate", config)
+    assert whole.code == 0, whole.err
+    summary = json.loads((tmp_path / "data" / "manifest.json").read_text())["summary"]
+    expected = int(re.search(r"expected +([\d,]+) response tokens", measured.out)[1].replace(",", ""))  # type: ignore[index]
+    assert 0.5 < expected / summary["response_tokens"] < 2.0
+    assert "3 groups" in measured.out and "% of the groups" in measured.out
 
 
 def test_missing_config_file(gft: Gft) -> None:

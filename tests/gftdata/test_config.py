@@ -233,3 +233,38 @@ def test_further_differences_are_listed() -> None:
     assert "`model` was 'm' and is now 'n'" in said and "`seed`" in said
     assert recipe_differences({"a": 1}, {"a": 1, "b": 2}) == "`b` was None and is now 2"
     assert recipe_differences({"a": 1, "b": 2}, {"a": 1}) == "`b` was 2 and is now None"
+
+
+def with_engines(engine: dict[str, Any], teacher_engine: dict[str, Any] | None = None) -> GenerateConfig:
+    teacher = {"name": "t", "model": "big", **({"engine": teacher_engine} if teacher_engine else {})}
+    return changed(engine=engine, responses={"teachers": [teacher]})
+
+
+def test_of_sglangs_settings_only_those_that_change_the_output_are_in_the_recipe() -> None:
+    plain = with_engines({"name": "sglang", "options": {"quantization": "fp8"}})
+    moved = {"python": "p", "max_in_flight": 3, "options": {"quantization": "fp8", "tp_size": 2, "log_level": "info"}}
+    assert with_engines({"name": "sglang", **moved}).recipe() == plain.recipe()
+    other = with_engines({"name": "sglang", "options": {"quantization": "awq"}})
+    assert "quantization" in recipe_differences(plain.recipe(), other.recipe())
+    assert "engine.name" in recipe_differences(plain.recipe(), with_engines({}).recipe())
+
+
+def test_a_teacher_may_have_an_engine_of_its_own() -> None:
+    from gftdata.prepare import phases
+
+    teacher, own = phases(with_engines({}, {"name": "sglang", "max_in_flight": 2}))
+    assert (teacher.engine.name, own.engine.name) == ("sglang", "hf")
+    teacher, own = phases(with_engines({"batch_size": 3}))
+    assert teacher.engine == own.engine
+    faster = with_engines({}, {"name": "sglang", "max_in_flight": 9})
+    assert faster.recipe() == with_engines({}, {"name": "sglang"}).recipe()
+    assert faster.recipe() != with_engines({}).recipe()
+
+
+def test_a_mistake_in_an_engine_is_named_as_the_file_has_it(
+    tmp_path: Path, one_line: Callable[[BaseException], str]
+) -> None:
+    said = refusal(one_line, write(tmp_path, MINIMAL | {"engine": {"name": "sglang", "option": {}}}))
+    assert "unknown key `engine.option`; did you mean `options`?" in said
+    said = refusal(one_line, write(tmp_path, MINIMAL | {"engine": {"name": "vllm"}}))
+    assert "`engine.name`" in said and "'sglang'" in said and "'vllm'" in said

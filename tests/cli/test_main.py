@@ -189,6 +189,16 @@ def test_a_pilot_measures_and_keeps_nothing(gft: Gft, tmp_path: Path) -> None:
     assert "3 groups" in measured.out and "% of the groups" in measured.out
 
 
+def test_experts_that_fail_the_reward_are_pointed_out(gft: Gft, tmp_path: Path) -> None:
+    rows = [{"question": "1+2+3=", "answer": a, "expert": "6"} for a in ("6", "7", "6", "8")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = gft("generate", write_config(tmp_path / "c.yaml", prompts__path="p.jsonl"))
+    assert made.code == 0, made.err
+    assert "note: 2 of 4 judged expert responses" in made.out
+    good = gft("generate", write_config(tmp_path / "d.yaml", out="good"))
+    assert good.code == 0 and "note:" not in good.out
+
+
 def test_missing_config_file(gft: Gft) -> None:
     refused(gft, "generate", "nothing.yaml", saying=("nothing.yaml", "gft init"))
 

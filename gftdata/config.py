@@ -277,8 +277,10 @@ class GenerateConfig(BaseModel):
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def load_config(kind: type[Config], path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML settings file, apply `a.b=value` overrides, validate.
+def load_config(
+    kind: type[Config], path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> Config:
+    """Read a YAML settings file, apply `a.b=value` overrides (the value is YAML) and `values` (as they are), validate.
 
     Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a value
     of the wrong type.
@@ -293,7 +295,15 @@ def load_config(kind: type[Config], path: str | Path, overrides: Iterable[str] =
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
     for override in overrides:
-        _apply_override(data, override)
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"--set {override}: expected key=value, for example --set optim.lr=2e-6")
+        try:
+            _put(data, key, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+    for key, value in (values or {}).items():
+        _put(data, key, value)
     return validate_config(kind, data, str(path))
 
 
@@ -324,19 +334,13 @@ def _differences(before: Any, now: Any, path: str) -> Iterable[tuple[str, Any, A
         yield path, before, now
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override}: expected key=value, for example --set optim.lr=2e-6")
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise UserError(f"--set {override}: `{parent}` is not a block of settings")
-    try:
-        data[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+            raise UserError(f"--set {key}: `{parent}` is not a block of settings")
+    data[leaf] = value
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:

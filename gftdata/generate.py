@@ -10,7 +10,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from gftdata.models import shown_name
 from gftdata.prepare import (
     Phase,
     Plan,
+    ShardPrompt,
     check_engine,
     check_output,
     create_output,
@@ -32,6 +33,7 @@ from gftdata.prepare import (
     rows_of_shard,
     sample_seed,
     shard_prompts,
+    sole_writer,
 )
 from gftdata.rewards import resolve
 from gftdata.schema import SCHEMA_VERSION, groups_to_table
@@ -41,7 +43,6 @@ from gftdata.shards import (
     MANIFEST,
     WORK,
     Manifest,
-    TokenizerRecord,
     publish_shard,
     read_manifest,
     shard_name,
@@ -55,18 +56,18 @@ from gftdata.types import (
     SELF,
     Completion,
     Group,
-    Prompt,
     Refusal,
     Response,
     SampleRequest,
     ScoreRequest,
-    TokenIds,
+    Unscored,
 )
 
 if TYPE_CHECKING:
     from gftdata.engines.protocol import Engine, Sampler, Scorer
 
 QUARANTINE = "quarantine"
+MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
 PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
 
@@ -93,12 +94,17 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None) ->
     """
     out = Path(config.out)
     resolve(config.reward.name)
-    check_output(config, out)
     for phase in phases(config):
         check_engine(phase.engine)
+    tokenizer = load_tokenizer(config.model)
+    check_output(config, out, tokenizer)
     if (out / MANIFEST).is_file():
         return read_manifest(out)
-    tokenizer = load_tokenizer(config.model)
+    with sole_writer(out):
+        return _generate(config, out, tokenizer, on_event)
+
+
+def _generate(config: GenerateConfig, out: Path, tokenizer: Tokenizer, on_event: Listener) -> Manifest:
     plan = read_plan(out) or create_output(config, out, tokenizer)
     unfinished = [shard for shard in range(plan.num_shards) if shard_record(out, shard, plan.num_shards) is None]
     remaining = sum(rows_of_shard(config, plan, shard) for shard in unfinished)
@@ -109,7 +115,7 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None) ->
             draw_teacher(config, plan, unfinished, phase, journal, on_event)
         if unfinished:
             finish_shards(config, plan, unfinished, own, tokenizer, journal, on_event)
-    return finalize(config, out, plan, tokenizer)
+    return finalize(config, out, plan)
 
 
 def draw_teacher(
@@ -140,10 +146,12 @@ def finish_shards(
     A shard is finished as soon as its last sample is there; beside the sampling where the engine can do both at once.
     """
     missing = count_missing(config, plan, shards, own)
+    # left in reverse: judges first (an error kills them), then the engine (whose closing answers whoever waits for it),
+    # so that the thread in the background, joined last, has nothing left to wait for
     with (
+        _background_thread() as background,
         closing(open_engine(own.model, own.engine, tokenizer)) as engine,
         open_judges(config.reward) as submit,
-        ThreadPoolExecutor(1) as background,
     ):
         write_atomic(Path(config.out) / WORK / "engine", engine.version)
         on_event(Event("phase", own.source, missing.total()))
@@ -169,6 +177,15 @@ def finish_shards(
             future.result()
 
 
+@contextmanager
+def _background_thread() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 def finish_shard(
     config: GenerateConfig,
     plan: Plan,
@@ -180,7 +197,7 @@ def finish_shard(
 ) -> None:
     """Judge, score and publish one shard whose samples are all there."""
     out, layout = Path(config.out), config.shards
-    groups = judge_and_score(assemble(config, shard, tokenizer), tokenizer, submit, scorer, on_event)
+    groups = judge_and_score(out, assemble(config, shard, tokenizer), submit, scorer, on_event)
     table = groups_to_table(groups, layout.logprob_dtype)
     publish_shard(out, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
     shard_record(out, shard, plan.num_shards)
@@ -203,7 +220,7 @@ def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], pha
         if not refused:  # the usual case needs no look at the prompts
             missing[shard] = rows_of_shard(config, plan, shard) * phase.count - done.total()
             continue
-        ids = (prompt.prompt_id for prompt in shard_prompts(out, shard))
+        ids = (item.prompt.prompt_id for item in shard_prompts(out, shard))
         missing[shard] = sum(phase.count - done[row] for row, prompt_id in enumerate(ids) if prompt_id not in refused)
     return missing
 
@@ -213,10 +230,10 @@ def quarantined(out: Path) -> set[str]:
     return {path.stem for path in (out / WORK / QUARANTINE).glob("*.json")}
 
 
-def quarantine(out: Path, source: str, refusal: Refusal) -> None:
-    """Leave a prompt out of the data set, with its reason on record. Deleting the file has it tried again."""
-    entry = {"prompt_id": refusal.request.prompt_id, "source": source, "reason": refusal.reason}
-    write_atomic(out / WORK / QUARANTINE / f"{refusal.request.prompt_id}.json", json.dumps(entry))
+def quarantine(out: Path, prompt_id: str, source: str, reason: str) -> None:
+    """Leave a prompt out of the data set, with its reason on record."""
+    entry = {"prompt_id": prompt_id, "source": source, "reason": reason}
+    write_atomic(out / WORK / QUARANTINE / f"{prompt_id}.json", json.dumps(entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +253,13 @@ def phase_requests(
     refused = quarantined(out)
     for shard in shards:
         done = read_journal(out / WORK / "journal", shard)
-        for row, prompt in enumerate(shard_prompts(out, shard)):
+        for row, item in enumerate(shard_prompts(out, shard)):
+            prompt = item.prompt
             wanted = [k for k in range(phase.count) if (phase.source, row, k) not in done]
             if not wanted or prompt.prompt_id in refused:
                 continue
-            prompt_ids = encode_prompt(tokenizer, prompt.messages)
+            own = phase.source == SELF
+            prompt_ids = item.prompt_ids if own else encode_prompt(tokenizer, prompt.messages)
             for k in wanted:
                 seed = sample_seed(config.seed, prompt.prompt_id, phase.source, k)
                 yield Placed(shard, row, SampleRequest(prompt.prompt_id, k, prompt_ids, seed))
@@ -258,8 +277,12 @@ def draw(
 ) -> Iterator[int]:
     """Draw what a phase still lacks; yields the shard of each request as it is answered.
 
-    A finished sample is in the journal before anything else happens to it.
+    A finished sample is in the journal before anything else happens to it. A refused prompt is quarantined once
+    another request has been answered: refusals alone speak of the engine or its settings, and raise UserError.
     """
+    out = Path(config.out)
+    refused: list[tuple[Refusal, int]] = []  # not yet believed, with their shards
+    answered = False
     written_by = _written_by(plan, phase)
     places: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -271,62 +294,89 @@ def draw(
     for answer in engine.sample(requests(), phase.sampling):
         shard, row = places.pop((answer.request.prompt_id, answer.request.index))
         if isinstance(answer, Refusal):
-            quarantine(Path(config.out), phase.source, answer)
-            on_event(Event("quarantined", phase.source))
-        else:
-            entry = entry_of(answer, phase.source, row, written_by)
-            journal.append(shard, entry)
-            on_event(Event("sample", phase.source, tokens=len(entry.response_ids)))
+            refused.append((answer, shard))
+            if len(refused) >= MAX_REFUSALS:
+                break
+            continue
+        entry = entry_of(answer, phase.source, row, written_by)
+        journal.append(shard, entry)
+        answered = True
+        on_event(Event("sample", phase.source, tokens=len(entry.response_ids)))
+        yield from _believe(out, phase.source, refused, on_event)
+        yield shard
+    if refused and (not answered or len(refused) >= MAX_REFUSALS):
+        reason = refused[-1][0].reason
+        raise UserError(f"{len(refused)} requests for {phase.source} were refused with no answer between: {reason}")
+    yield from _believe(out, phase.source, refused, on_event)
+
+
+def _believe(out: Path, source: str, refused: list[tuple[Refusal, int]], on_event: Listener) -> Iterator[int]:
+    """Quarantine what was refused; yields the shards."""
+    while refused:
+        refusal, shard = refused.pop(0)
+        quarantine(out, refusal.request.prompt_id, source, refusal.reason)
+        on_event(Event("quarantined", source))
         yield shard
 
 
-def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[tuple[Prompt, list[Completion]]]:
+def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[tuple[ShardPrompt, list[Completion]]]:
     """A shard's prompts with all their completions: given ones, then teachers, then self, each in order."""
     out = Path(config.out)
     entries = read_journal(out / WORK / "journal", shard)
     rows = []
     refused = quarantined(out)
-    for row, prompt in enumerate(shard_prompts(out, shard)):
-        if prompt.prompt_id in refused:
+    for row, item in enumerate(shard_prompts(out, shard)):
+        if item.prompt.prompt_id in refused:
             continue
         drawn = [
             grouping.drawn_completion(config.responses, entries[phase.source, row, k], tokenizer)
             for phase in phases(config)
             for k in range(phase.count)
         ]
-        given = grouping.given_completions(config.responses, prompt, tokenizer)
-        rows.append((prompt, grouping.ordered(config.responses, [*given, *(c for c in drawn if c is not None)])))
+        given = grouping.given_completions(config.responses, item.prompt, tokenizer)
+        rows.append((item, grouping.ordered(config.responses, [*given, *(c for c in drawn if c is not None)])))
     return rows
 
 
 def judge_and_score(
-    rows: Sequence[tuple[Prompt, Sequence[Completion]]],
-    tokenizer: Tokenizer,
+    out: Path,
+    rows: Sequence[tuple[ShardPrompt, Sequence[Completion]]],
     submit: Submit,
     scorer: "Scorer",
     on_event: Listener,
 ) -> list[Group]:
-    """Judge and score a shard's completions. Judging runs in its pool while the model scores."""
-    verdicts = [[submit(prompt, completion.text) for completion in completions] for prompt, completions in rows]
-    prompt_ids: list[TokenIds] = [encode_prompt(tokenizer, prompt.messages) for prompt, _ in rows]
+    """Judge and score a shard's completions. Judging runs in its pool while the model scores.
+
+    A prompt with a response that the engine cannot score is quarantined.
+    """
+    verdicts = [[submit(item.prompt, completion.text) for completion in completions] for item, completions in rows]
     requests = [
-        ScoreRequest(ids, completion.response_ids)
-        for ids, (_, completions) in zip(prompt_ids, rows, strict=True)
+        ScoreRequest(item.prompt_ids, completion.response_ids)
+        for item, completions in rows
         for completion in completions
     ]
-    scores = iter(scorer.score(requests))
+    answers = iter(scorer.score(requests))
+    scores = [[next(answers) for _ in completions] for _, completions in rows]
+    unscored = [next((score for score in of_row if isinstance(score, Unscored)), None) for of_row in scores]
+    if rows and all(unscored):
+        raise UserError(f"not one of {len(rows)} groups could be scored: {unscored[0].reason if unscored[0] else ''}")
     groups = []
-    for ids, (prompt, completions), futures in zip(prompt_ids, rows, verdicts, strict=True):
+    for (item, completions), of_row, failed, futures in zip(rows, scores, unscored, verdicts, strict=True):
+        if failed is not None:
+            quarantine(out, item.prompt.prompt_id, "reference", failed.reason)
+            on_event(Event("quarantined", "reference"))
+            continue
         responses = []
-        for completion, future in zip(completions, futures, strict=True):
+        for completion, score, future in zip(completions, of_row, futures, strict=True):
+            assert not isinstance(score, Unscored)
             verdict = future.result()
-            responses.append(Response(completion, verdict, next(scores)))
+            responses.append(Response(completion, verdict, score))
             on_event(Event("judged", completion.source, reward=verdict.reward))
-        groups.append(Group(prompt, ids, tuple(responses)))
+        groups.append(Group(item.prompt, item.prompt_ids, tuple(responses)))
     return groups
 
 
-def finalize(config: GenerateConfig, out: Path, plan: Plan, tokenizer: Tokenizer) -> Manifest:
+def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
     """Gather the commit records and mark the data set final."""
     records = [shard_record(out, shard, plan.num_shards) for shard in range(plan.num_shards)]
     missing = [shard_name(i, plan.num_shards) for i, record in enumerate(records) if record is None]
@@ -348,12 +398,7 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan, tokenizer: Tokenizer
         toolkit_version=importlib.metadata.version("gft-toolkit"),
         recipe=_without_folders(plan.recipe),
         models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
-        tokenizer=TokenizerRecord(
-            hash=tokenizer.hash,
-            template_hash=tokenizer.template_hash,
-            end_id=tokenizer.end_id,
-            stop_ids=tokenizer.stop_ids,
-        ),
+        tokenizer=plan.tokenizer,
         engine=(out / WORK / "engine").read_text(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         prompts=plan.prompts,

@@ -3,15 +3,19 @@
 All of it is written to `.work/` when the output is created, so that a run started again only reads it back.
 """
 
+import fcntl
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from gftdata import groups as grouping
@@ -20,9 +24,22 @@ from gftdata.errors import UserError
 from gftdata.models import context_length, model_revision
 from gftdata.prompts import prompt_from_json, prompt_to_json, read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
-from gftdata.shards import DATA, RECORD, WORK, ModelRecord, PromptCounts, shard_name, write_atomic
+from gftdata.shards import (
+    DATA,
+    RECORD,
+    WORK,
+    ModelRecord,
+    PromptCounts,
+    TokenizerRecord,
+    check_writable,
+    sha256_file,
+    shard_name,
+    write_atomic,
+)
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
-from gftdata.types import SELF, Prompt, Sampling, Seed
+from gftdata.types import SELF, Prompt, Sampling, Seed, TokenIds
+
+SGLANG_MARGIN = 7  # tokens of its context that SGLang does not give to prompt and response
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +60,18 @@ class Plan(BaseModel):
 
     recipe: dict[str, Any]
     models: tuple[ModelRecord, ...]
+    tokenizer: TokenizerRecord
+    source_sha256: str | None  # of the prompt file, where there is one
     prompts: PromptCounts
     num_shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPrompt:
+    """A prompt with its ids in the starting model's vocabulary, made once when the output is created."""
+
+    prompt: Prompt
+    prompt_ids: TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +91,11 @@ def preview(config: GenerateConfig) -> Preview:
     """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
     out = Path(config.out)
     resolve(config.reward.name)
-    check_output(config, out)
-    survey = Survey(config, load_tokenizer(config.model))
+    for phase in phases(config):
+        check_engine(phase.engine)
+    tokenizer = load_tokenizer(config.model)
+    check_output(config, out, tokenizer)
+    survey = Survey(config, tokenizer)
     num_prompts = sum(1 for _ in survey.prompts())
     num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
     sampled = num_prompts * sum(phase.count for phase in phases(config))
@@ -95,10 +125,9 @@ def phases(config: GenerateConfig) -> list[Phase]:
     return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling), config.engine)]
 
 
-def check_output(config: GenerateConfig, out: Path) -> None:
-    """Refuse an output that holds something else, or a data set of another recipe."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: exists and is not a folder (out)")
+def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> None:
+    """Refuse an output that cannot be written, that holds something else, or a data set of another recipe."""
+    check_writable(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     plan = read_plan(out)
@@ -118,6 +147,17 @@ def check_output(config: GenerateConfig, out: Path) -> None:
                 f"{out}: was begun with {record.name} at revision {record.revision[:12]}, which is now {found[:12]}; "
                 "restore that model, or name another folder (out)"
             )
+    if tokenizer_record(tokenizer) != plan.tokenizer:
+        raise UserError(
+            f"{out}: was begun with another tokenizer, chat template or end token of {config.model}; restore them, or "
+            "name another folder (out)"
+        )
+    source = source_sha256(config)
+    if source is not None and source != plan.source_sha256:
+        raise UserError(
+            f"{out}: was begun with another content of {config.prompts.path}; restore that file, or name another "
+            "folder (out)"
+        )
 
 
 def read_plan(out: Path) -> Plan | None:
@@ -126,19 +166,45 @@ def read_plan(out: Path) -> Plan | None:
     return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
 
 
+def source_sha256(config: GenerateConfig) -> str | None:
+    """Of the prompt file, where prompts come from a file that is there."""
+    path = config.prompts.path
+    return sha256_file(Path(path)) if path is not None and Path(path).is_file() else None
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
+    return TokenizerRecord(
+        hash=tokenizer.hash,
+        template_hash=tokenizer.template_hash,
+        end_id=tokenizer.end_id,
+        stop_ids=tokenizer.stop_ids,
+    )
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Hold an output for this process. Raises UserError where another one has it.
+
+    Whatever ends the block before the first sample or shard is there takes back what it has written.
+    """
+    created = next((p for p in reversed([out / WORK, *(out / WORK).parents]) if not p.exists()), None)
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with (out / WORK / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another gft generate is writing to it; wait, or name another folder") from None
+        try:
+            yield
+        except BaseException:
+            worth_keeping = any((out / WORK / "journal").rglob("*.jsonl")) or any((out / DATA).glob("*"))
+            if created is not None and not worth_keeping:
+                shutil.rmtree(created, ignore_errors=True)
+            raise
+
+
 def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
-    """Fix the prompts and their shards. The plan is written last; a mistake on the way leaves nothing behind."""
-    existed = out.is_dir()
-    try:
-        plan = _write_prompts(config, out, tokenizer)
-    except BaseException:
-        shutil.rmtree(out / WORK if existed else out, ignore_errors=True)
-        raise
-    write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
-    return plan
-
-
-def _write_prompts(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
+    """Fix the prompts and their shards. The plan is written last: an output without one is created anew."""
     models = tuple(
         ModelRecord(role=role, name=name, revision=model_revision(name))
         for role, name in [("reference", config.model), *((phase.source, phase.model) for phase in phases(config))]
@@ -148,10 +214,19 @@ def _write_prompts(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> P
     num_shards = 0
     prompts = survey.prompts()
     while batch := list(islice(prompts, config.shards.groups_per_shard)):
-        text = "".join(prompt_to_json(prompt) + "\n" for prompt in batch)
+        text = "".join(f"{item.prompt_ids.tolist()}\t{prompt_to_json(item.prompt)}\n" for item in batch)
         write_atomic(folder / f"{num_shards:05d}.jsonl", text)
         num_shards += 1
-    return Plan(recipe=config.recipe(), models=models, prompts=survey.counts(), num_shards=num_shards)
+    plan = Plan(
+        recipe=config.recipe(),
+        models=models,
+        tokenizer=tokenizer_record(tokenizer),
+        source_sha256=source_sha256(config),
+        prompts=survey.counts(),
+        num_shards=num_shards,
+    )
+    write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
+    return plan
 
 
 class Survey:
@@ -164,19 +239,20 @@ class Survey:
         for phase in phases(config):
             if phase.model not in self._readers:
                 self._readers[phase.model] = load_tokenizer(phase.model)
+        self._sglang = any(isinstance(phase.engine, SglangConfig) for phase in phases(config))
         self._longest = dict.fromkeys(self._readers, 0)
         self._read = self._too_long = self._given_missing = self._given_too_long = 0
         self.prompt_tokens = self.given_tokens = 0
 
-    def prompts(self) -> Iterator[Prompt]:
+    def prompts(self) -> Iterator[ShardPrompt]:
         """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
         config, limit = self._config, self._config.prompts.max_prompt_tokens
         needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
         wanted = sum(config.responses.given_counts.values())
         for prompt in read_prompts(config.prompts, grouping.given_columns(config), needs_ground_truth=needs_truth):
             self._read += 1
-            lengths = {model: self._length(model, prompt) for model in self._readers}
-            length = lengths[config.model]
+            ids = {model: self._encode(model, prompt) for model in self._readers}
+            length = len(ids[config.model])
             if length > limit:
                 if config.prompts.on_too_long == "error":
                     raise UserError(
@@ -190,21 +266,24 @@ class Survey:
             self._given_too_long += len(prompt.given) - len(completions)
             self.given_tokens += sum(len(completion.response_ids) for completion in completions)
             self.prompt_tokens += length
-            self._longest = {model: max(longest, lengths[model]) for model, longest in self._longest.items()}
-            yield prompt
+            self._longest = {model: max(longest, len(ids[model])) for model, longest in self._longest.items()}
+            yield ShardPrompt(prompt, ids[config.model])
         if self._read == self._too_long:
             raise UserError(f"all {self._read} prompts are longer than prompts.max_prompt_tokens={limit}")
         for model, longest in self._longest.items():
             context = context_length(model)
-            if context is not None and longest + config.responses.max_tokens > context:
+            needed = longest + config.responses.max_tokens + (SGLANG_MARGIN if self._sglang else 0)
+            if context is not None and needed > context:
                 raise UserError(
                     f"{model} holds {context} tokens, but the longest prompt has {longest} and "
-                    f"responses.max_tokens is {config.responses.max_tokens}; lower that, or prompts.max_prompt_tokens"
+                    f"responses.max_tokens is {config.responses.max_tokens}"
+                    + (f", and SGLang keeps {SGLANG_MARGIN} for itself" if self._sglang else "")
+                    + "; lower that, or prompts.max_prompt_tokens"
                 )
 
-    def _length(self, model: str, prompt: Prompt) -> int:
+    def _encode(self, model: str, prompt: Prompt) -> TokenIds:
         try:
-            return len(encode_prompt(self._readers[model], prompt.messages))
+            return encode_prompt(self._readers[model], prompt.messages)
         except UserError as error:
             raise UserError(f"prompt {self._read}: {model}: {error}") from None
 
@@ -219,9 +298,14 @@ class Survey:
         )
 
 
-def shard_prompts(out: Path, shard: int) -> list[Prompt]:
+def shard_prompts(out: Path, shard: int) -> list[ShardPrompt]:
+    """The prompts of a shard, as they were when the output was created."""
     with (out / WORK / "prompts" / f"{shard:05d}.jsonl").open(encoding="utf-8") as lines:
-        return [prompt_from_json(line) for line in lines]
+        parts = (line.partition("\t") for line in lines)
+        return [
+            ShardPrompt(prompt_from_json(prompt), np.asarray(json.loads(ids), dtype=np.int32))
+            for ids, _, prompt in parts
+        ]
 
 
 def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:

@@ -131,6 +131,15 @@ def shard_name(shard: int, num_shards: int) -> str:
     return f"train-{shard:05d}-of-{num_shards:05d}.parquet"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless `folder` is, or can become, a folder that this user may write to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: cannot be a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written, no permission in {there}")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

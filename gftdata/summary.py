@@ -1,10 +1,10 @@
 """Shards -> their Summary, lazily, from the short columns only."""
 
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import polars as pl
 
 from gftdata.shards import SourceSummary, Summary
 
@@ -13,15 +13,20 @@ _COLUMNS = ["sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_m
 
 def summarise(paths: Sequence[Path]) -> Summary:
     """Count groups, responses, verdicts and lengths over the given shards."""
+    import polars as pl
+
+    if threading.current_thread() is threading.main_thread():
+        # polars' handler of Ctrl-C lets waiting calls go on; the next thing that waits must be interruptible again
+        signal.siginterrupt(signal.SIGINT, True)
     groups = pl.scan_parquet(list(paths)).select(_COLUMNS).with_row_index("group")
     num_groups = groups.select(pl.len()).collect().item()
     # what an empty list explodes to, a row of nulls or none, depends on polars' version
     responses = groups.explode(_COLUMNS).filter(pl.col("sources").is_not_null())
-    signal = responses.group_by("group").agg(
+    by_group = responses.group_by("group").agg(
         judged=pl.col("rewards").count(), lowest=pl.col("rewards").min(), highest=pl.col("rewards").max()
     )
     judged = pl.col("judged") > 0
-    totals = signal.select(
+    totals = by_group.select(
         without_signal=(judged & (pl.col("lowest") == pl.col("highest"))).sum(),
         judged=judged.sum(),
     ).collect()

@@ -98,6 +98,13 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Unscored:
+    """Stands for log-probs that the engine gave up, and says why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A response in the starting model's vocabulary, not yet judged or scored."""
 

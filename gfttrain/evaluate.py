@@ -15,8 +15,8 @@ from gftdata.errors import UserError
 from gftdata.judging import Submit, open_judges
 from gftdata.prepare import sample_seed
 from gftdata.prompts import read_prompts
-from gftdata.rewards import NEEDS_GROUND_TRUTH
-from gftdata.shards import write_atomic
+from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
+from gftdata.shards import check_writable, write_atomic
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import Prompt, Sample, SampleRequest, Sampling, ScoreRequest, Verdict
 from gfttrain.config import EvalConfig
@@ -82,7 +82,12 @@ def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) ->
 
 def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> EvalResult:
     """Sample, judge, count. Raises UserError for what the user can mend."""
+    resolve(config.reward.name)
     tokenizer = load_tokenizer(config.model)
+    if config.reference and load_tokenizer(config.reference).hash != tokenizer.hash:
+        raise UserError(f"reference {config.reference}: has another tokenizer than {config.model}")
+    if config.out:
+        check_result_file(Path(config.out))
     prompts, too_long = _prompts(config, tokenizer)
     engine = open_engine(config.model, config.engine, tokenizer)
     count = len(prompts) * (config.num_samples + config.greedy)
@@ -178,16 +183,27 @@ def _sample(
 def _kl(config: EvalConfig, tokenizer: Tokenizer, drawn: Sequence[Sample], num_tokens: int) -> float:
     """Mean of log pi - log pi_ref over the tokens of samples of pi: an unbiased estimate of the KL per token."""
     assert config.reference is not None
-    reference_tokenizer = load_tokenizer(config.reference)
-    if reference_tokenizer.hash != tokenizer.hash:
-        raise UserError(f"reference {config.reference}: has another tokenizer than {config.model}")
-    reference = open_engine(config.reference, config.engine, reference_tokenizer)
+    reference = open_engine(config.reference, config.engine, tokenizer)
     scores = reference.score([ScoreRequest(s.request.prompt_ids, s.response_ids) for s in drawn])
     total = sum(
         float((sample.behavior_logprobs.astype(np.float64) - score).sum())
         for sample, score in zip(drawn, scores, strict=True)
     )
     return total / num_tokens
+
+
+def check_result_file(path: Path) -> None:
+    """Raise UserError unless a result may be written there: over nothing, or over an earlier result."""
+    check_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file for the result (out)")
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_bytes()).keys() >= {"result", "config"}
+        except (ValueError, AttributeError, OSError):
+            earlier = False
+        if not earlier:
+            raise UserError(f"{path}: exists and is not a result of gft eval; name another file (out)")
 
 
 def write_result(path: Path, config: EvalConfig, result: EvalResult) -> None:

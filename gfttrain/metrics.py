@@ -29,8 +29,10 @@ class TokenSums:
 
     def __init__(self, source_names: Sequence[str], device: torch.device) -> None:
         self._sources = source_names
-        self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, loss, rectified, entropy
-        self._by_source_S2 = torch.zeros(len(source_names), 2, dtype=torch.float64, device=device)  # tokens, log-ratio
+        # float64 does not exist on Apple's GPUs
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._totals_4 = torch.zeros(4, dtype=self._dtype, device=device)  # tokens, loss, rectified, entropy
+        self._by_source_S2 = torch.zeros(len(source_names), 2, dtype=self._dtype, device=device)  # tokens, log-ratio
 
     @torch.no_grad()
     def add(
@@ -45,8 +47,8 @@ class TokenSums:
         """Add one micro-batch's tokens."""
         rectified_N = logprobs_N.exp() < tau
         parts = (torch.ones_like(losses_N), losses_N, rectified_N, entropy_N)
-        self._totals_4 += torch.stack([part.double().sum() for part in parts])
-        log_ratio_N = (logprobs_N - ref_logprobs_N).double()
+        self._totals_4 += torch.stack([part.to(self._dtype).sum() for part in parts])
+        log_ratio_N = (logprobs_N - ref_logprobs_N).to(self._dtype)
         self._by_source_S2.index_add_(0, source_codes_N, torch.stack([torch.ones_like(log_ratio_N), log_ratio_N], 1))
 
     def means(self, num_loss_tokens: int, *, rectified: bool) -> Metrics:

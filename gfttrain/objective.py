@@ -77,5 +77,6 @@ def gft_loss(
     N: the response tokens of the whole optimizer step, over all micro-batches and ranks, so that the sum of this loss
     over any split of a step is the same.
     """
+    mask_T = mask_T.bool()  # transformers' masks are of integers, which would pick elements 0 and 1
     # chosen before, not zeroed after: what a masked place holds (-inf, NaN) must not reach the gradient
     return gft_token_losses(logprobs_T[mask_T], advantages_T[mask_T], tau).sum() / num_loss_tokens

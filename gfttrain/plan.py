@@ -86,6 +86,10 @@ def _wanted(source: str, sources: Sequence[str]) -> bool:
 
 def check_selection(index: Index, selection: Selection, objective: ObjectiveConfig, *, skip_unjudged: bool) -> None:
     """Raise UserError where there is nothing to train on, or an unjudged group without leave to skip it."""
+    teachers = [s for s in objective.sources if s.startswith("teacher:") and s not in index.source_names]
+    if teachers:
+        found = ", ".join(index.source_names)
+        raise UserError(f"objective.sources names {teachers[0]}, which the data does not have; it has {found}")
     unjudged = int((~selection.judged_G).sum())
     if unjudged and not skip_unjudged:
         first = int(np.flatnonzero(~selection.judged_G)[0])

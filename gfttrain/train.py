@@ -18,7 +18,7 @@ from gftdata.config import recipe_differences
 from gftdata.engines.hf import pick_device
 from gftdata.errors import UserError
 from gftdata.models import model_revision
-from gftdata.shards import Index, Manifest, read_index, read_manifest, shard_paths, write_atomic
+from gftdata.shards import Index, Manifest, check_writable, read_index, read_manifest, shard_paths, write_atomic
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gfttrain import checkpoint, metrics
 from gfttrain.config import BatchConfig, TrainConfig
@@ -166,13 +166,14 @@ def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
             **report,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens_per_second": step.num_loss_tokens / seconds,
+            "tokens_per_second": (report["computed_tokens"] or 0) / seconds,
             "seconds": seconds,
             **metrics.data_metrics(prepared.index, prepared.selection, step),
         }
         metrics.append_line(out / METRICS, report)
         on_event(Event("step", number + 1, len(steps), report))
-        if (number + 1) % config.checkpoint.every_steps == 0 and number + 1 < len(steps):
+        # also after the last step: a failing export must not cost the run
+        if (number + 1) % config.checkpoint.every_steps == 0 or number + 1 == len(steps):
             position = checkpoint.Position(number + 1, prepared.schedule_hash)
             checkpoint.save(out, position, model, optimizer, scheduler, old_logprobs, config.checkpoint.keep)
             on_event(Event("checkpoint", number + 1, len(steps), {}))
@@ -209,6 +210,7 @@ def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manife
 
 
 def _check_output(config: TrainConfig, out: Path) -> None:
+    check_writable(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:

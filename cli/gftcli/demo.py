@@ -38,10 +38,10 @@ def run(console: Console, out: Path) -> None:
     """Generate, show a group, train and compare, say what to do next."""
     began = time.monotonic()
     sample, data = sample_folder(), out / "data"
-    model = f"model={sample / 'model'}"
+    model = str(sample / "model")
     title(console, "1. Generate: 512 sums, for each 1 expert solution and 7 of the model's own")
-    paths = [model, f"out={data}", f"prompts.path={sample / 'train.jsonl'}"]
-    settings = load_config(GenerateConfig, sample / "generate.yaml", paths)
+    paths = {"model": model, "out": str(data), "prompts.path": str(sample / "train.jsonl")}
+    settings = load_config(GenerateConfig, sample / "generate.yaml", values=paths)
     with progress.generation(console, settings) as listener:
         manifest = generate(settings, listener)
     show.manifest(console, str(data), manifest)
@@ -50,7 +50,8 @@ def run(console: Console, out: Path) -> None:
     show_group(console, first_mixed_group(data))
 
     title(console, f"3. Train {len(SHOWN)} ways from the same shards, and compare")
-    config = load_config(TrainConfig, sample / "train.yaml", [model, f"data={data}", f"out={out}"])
+    places = {"model": model, "data": str(data), "out": str(out)}
+    config = load_config(TrainConfig, sample / "train.yaml", values=places)
     outcomes = compare_with_progress(console, config, eval_configs(sample))
     show_outcomes(console, outcomes)
 
@@ -67,11 +68,12 @@ def run(console: Console, out: Path) -> None:
 
 def eval_configs(sample: Path) -> dict[str, EvalConfig]:
     """The sums, and the two skills that fine-tuning never touches."""
-    file, base = sample / "eval.yaml", f"reference={sample / 'model'}"
-    configs = {"sums": load_config(EvalConfig, file, [base, f"prompts.path={sample / 'eval.jsonl'}"])}
+    file = sample / "eval.yaml"
+    sums = {"reference": str(sample / "model"), "prompts.path": str(sample / "eval.jsonl")}
+    configs = {"sums": load_config(EvalConfig, file, values=sums)}
     for probe in PROBES:
-        paths = [f"prompts.path={sample / f'{probe}.jsonl'}", "reference=null"]
-        configs[probe] = load_config(EvalConfig, file, [*paths, "num_samples=4", "k=[1]", "greedy=false"])
+        values = {"prompts.path": str(sample / f"{probe}.jsonl"), "reference": None}
+        configs[probe] = load_config(EvalConfig, file, ["num_samples=4", "k=[1]", "greedy=false"], values)
     return configs
 
 

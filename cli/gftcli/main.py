@@ -51,7 +51,7 @@ def generate(
     from gftcli import progress, show
     from gftdata.config import GenerateConfig, load_config
 
-    settings = load_config(GenerateConfig, config, _overrides(set_, model=model, out=out))
+    settings = load_config(GenerateConfig, config, set_ or [], _given(model=model, out=out))
     _quiet_libraries()
     from gftdata import generate as generation
     from gftdata.pilot import run_pilot
@@ -106,7 +106,7 @@ def train(
     from gftdata.config import load_config
     from gfttrain.config import TrainConfig
 
-    settings = load_config(TrainConfig, config, _overrides(set_, model=model, data=data, out=out))
+    settings = load_config(TrainConfig, config, set_ or [], _given(model=model, data=data, out=out))
     _quiet_libraries()
     from gfttrain import train as training
 
@@ -127,7 +127,7 @@ def evaluate(config: ConfigFile, model: Model = None, out: Out = None, set_: Set
     from gftdata.config import load_config
     from gfttrain.config import EvalConfig
 
-    settings = load_config(EvalConfig, config, _overrides(set_, model=model, out=out))
+    settings = load_config(EvalConfig, config, set_ or [], _given(model=model, out=out))
     _quiet_libraries()
     from gfttrain import evaluate as evaluation
 
@@ -176,8 +176,8 @@ def demo(
     demonstration.run(show.open_console(), out)
 
 
-def _overrides(set_: list[str] | None, **options: str | None) -> list[str]:
-    return [*(set_ or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+def _given(**options: str | None) -> dict[str, str]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _quiet_libraries() -> None:
@@ -199,7 +199,7 @@ def main() -> None:
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
+        print("\nstopped; gft generate and gft train continue when they are given again", file=sys.stderr)
         sys.exit(130)
 
 

@@ -119,8 +119,8 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
         failed = source.judged - round((source.pass_rate or 0.0) * source.judged)
         if source.source == EXPERT and failed:
             console.print(
-                f"note: {failed:,} of {source.judged:,} judged expert responses do not get the full reward. Among right "
-                "answers they get a negative advantage: check that the reward reads them correctly",
+                f"note: {failed:,} of {source.judged:,} judged expert responses do not get the full reward. Among "
+                "right answers they get a negative advantage: check that the reward reads them correctly",
                 soft_wrap=True,
                 highlight=False,
             )

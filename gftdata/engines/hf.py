@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -49,7 +50,7 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A transformers causal language model in evaluation mode. Raises UserError where it cannot be loaded."""
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{model}: cannot load this model: {first_line(error)}") from None
     return loaded.to(device).eval()
 
@@ -72,7 +73,8 @@ class HfEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.batch_tokens = max(1, min(batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size))
+        self.batch_tokens = batch_tokens
+        self.max_logit_rows = MAX_LOGITS // model.config.get_text_config().vocab_size
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def close(self) -> None:
@@ -101,14 +103,15 @@ class HfEngine:
         )
         scores: list[LogProbs] = [np.empty(0, np.float32)] * len(requests)
         batch: list[int] = []
-        longest = 0
+        longest = 0  # of the batch's responses; its prompts come shortest first, so the newest is the longest
         for i in order:
-            longest_with = max(longest, len(requests[i].response_ids))
-            if batch and (len(batch) + 1) * longest_with > self.batch_tokens:
+            num_prompt, num_response = len(requests[i].prompt_ids), len(requests[i].response_ids)
+            wider, rows = max(longest, num_response), len(batch) + 1
+            if batch and (rows * wider > self.max_logit_rows or rows * (num_prompt + wider) > self.batch_tokens):
                 self._score_batch([(j, requests[j]) for j in batch], scores)
-                batch, longest_with = [], len(requests[i].response_ids)
+                batch, wider = [], num_response
             batch.append(i)
-            longest = longest_with
+            longest = wider
         if batch:
             self._score_batch([(j, requests[j]) for j in batch], scores)
         return scores

@@ -6,7 +6,7 @@ Two Protocols, because an endpoint that returns only text can be a teacher and n
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from gftdata.types import LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest
+from gftdata.types import LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Unscored
 
 
 class Sampler(Protocol):
@@ -23,7 +23,7 @@ class Sampler(Protocol):
 class Scorer(Protocol):
     """Gives log-probs of tokens that are already there."""
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs]:
+    def score(self, requests: Sequence[ScoreRequest]) -> Sequence[LogProbs | Unscored]:
         """log pi of each request's response tokens [T], in order: nats, temperature 1, full vocabulary."""
         ...
 

@@ -13,12 +13,12 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +31,17 @@ import numpy as np
 from gftdata.config import SglangConfig
 from gftdata.errors import UserError
 from gftdata.tokens import Tokenizer, decode_response
-from gftdata.types import FinishReason, LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, TokenIds
+from gftdata.types import (
+    FinishReason,
+    LogProbs,
+    Refusal,
+    Sample,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    TokenIds,
+    Unscored,
+)
 
 WORKER = Path(__file__).with_name("sglang_worker.py")
 BACK_OFF_S = (1.0, 5.0, 15.0, 60.0)  # before a restart, growing while restarts bring no answer
@@ -72,9 +82,12 @@ class SglangEngine:
         self._jobs: dict[int, _Job] = {}  # sent, or to be sent when the engine is up
         self._suspects: list[int] = []  # were there at two deaths; sent by halves, nothing else meanwhile
         self._tried: set[int] = set()  # the suspects that are with the engine
+        self._try_next = 1  # how many to send together next
         self._next = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._up = False  # whether it takes requests
+        self._closed = threading.Event()
+        self._gone: UserError | None = None  # why nothing will be answered any more
         self._started = ""  # SGLang's version, once it has been up
         self.restarts = 0
         self._ready: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
@@ -119,10 +132,10 @@ class SglangEngine:
             else:
                 yield self._to_sample(request, answer)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs | Unscored]:
         """log pi of given response tokens at temperature 1, by a prefill of prompt + response. See `Scorer`."""
         numbered = list(enumerate(requests))
-        scores: list[LogProbs] = [np.empty(0, np.float32)] * len(requests)
+        scores: list[LogProbs | Unscored] = [Unscored("not asked")] * len(requests)
 
         def arguments(item: tuple[int, ScoreRequest]) -> dict[str, Any]:
             _, request = item
@@ -135,15 +148,14 @@ class SglangEngine:
             }
 
         for (i, request), answer in self._stream(numbered, arguments):
-            if isinstance(answer, UserError):
-                raise UserError(f"engine sglang: a response could not be scored: {answer}")
-            scores[i] = _scored(request, answer)
+            scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else _scored(request, answer)
         return scores
 
     def close(self) -> None:
         """End the engine and all its processes."""
+        self._closed.set()
+        self._give_up(UserError("engine sglang: it was closed"))
         with self._lock:
-            self._closed = True
             process = self._process
         if process is None:
             return
@@ -153,6 +165,8 @@ class SglangEngine:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         _kill_tree(process)
+        if self.restarts == 0:  # else its log may still be wanted
+            shutil.rmtree(self._log.parent, ignore_errors=True)
 
     def _replica(self, prompt_ids: TokenIds) -> dict[str, int]:
         """A group's prompt is computed once only if all its requests go to the same replica."""
@@ -193,8 +207,8 @@ class SglangEngine:
                 if not waiting:
                     return
                 job, answer = answers.get()
-                if isinstance(answer, UserError) and not job.failures:
-                    raise answer  # the engine itself is gone for good
+                if isinstance(answer, UserError) and answer is self._gone:
+                    raise answer
                 yield waiting.pop(job), answer
         finally:
             if waiting:  # a stream that is dropped half way wants no more answers
@@ -213,13 +227,16 @@ class SglangEngine:
         with self._lock:
             number = self._next
             self._next += 1
+            if self._gone is not None:
+                job.answers.put((job, self._gone))
+                return
             self._jobs[number] = job
             if not self._suspects:  # else it is sent when they have been cleared
                 self._send(number, job)
 
     def _send(self, number: int, job: _Job) -> None:
         process = self._process
-        if process is None or process.stdin is None:
+        if not self._up or process is None or process.stdin is None:
             return  # sent when the engine is up
         try:
             process.stdin.write(json.dumps({"id": number, "arguments": job.arguments}).encode() + b"\n")
@@ -228,6 +245,13 @@ class SglangEngine:
             pass  # it has died: the supervisor sees that and sends again
 
     def _supervise(self) -> None:
+        """Whatever ends the supervision, nobody is left waiting."""
+        try:
+            self._keep_running()
+        except Exception as error:
+            self._give_up(UserError(f"engine sglang: {type(error).__name__}: {error}"))
+
+    def _keep_running(self) -> None:
         """Own the child: start it, hand out answers, start it again when it dies."""
         fruitless = 0
         while True:
@@ -237,18 +261,17 @@ class SglangEngine:
             except EngineDied as error:
                 self._give_up(UserError(f"engine sglang: {error}"))
                 return
-            if self._closed:
+            if self._closed.is_set():
                 return
             self.restarts += 1
             fruitless = 0 if answered else fruitless + 1
-            if (
-                fruitless > SUSPECT_AFTER + self._max_in_flight.bit_length() + 2
-            ):  # more than it takes to find one culprit
+            if fruitless > 2 * (SUSPECT_AFTER + self._max_in_flight.bit_length()):  # more than culprits take to find
                 self._give_up(
                     UserError(f"engine sglang: died {fruitless} times without an answer: {self._last_words()}")
                 )
                 return
-            time.sleep(BACK_OFF_S[min(fruitless, len(BACK_OFF_S) - 1)])
+            if self._closed.wait(BACK_OFF_S[min(fruitless, len(BACK_OFF_S) - 1)]):
+                return
 
     def _run_once(self, *, first: bool) -> bool:
         """One life of the child; returns whether it gave any answer."""
@@ -263,6 +286,10 @@ class SglangEngine:
                 start_new_session=True,
             )
         os.close(writing)
+        with self._lock:
+            self._process = process
+        if self._closed.is_set():  # closed while it was being started
+            _kill_tree(process)
         ready = answered = False
         with os.fdopen(reading, encoding="utf-8") as lines:
             for line in lines:
@@ -285,7 +312,7 @@ class SglangEngine:
     def _on_ready(self, process: "subprocess.Popen[bytes]", version: str, first: bool) -> None:
         with self._lock:
             self._started = version
-            self._process = process
+            self._up = True
             self._send_next()
         if first:
             self._ready.put(None)
@@ -297,7 +324,7 @@ class SglangEngine:
             if job is None:
                 return
             failure = message.get("error") or _failure(message["answer"])
-            if failure and len(job.failures) + 1 < TRIES and "error" not in message:
+            if failure and len(job.failures) + 1 < TRIES:
                 job.failures.append(failure)
                 self._send(number, job)
                 return
@@ -312,8 +339,9 @@ class SglangEngine:
         job.answers.put((job, UserError(failure) if failure else message["answer"]))
 
     def _send_next(self) -> None:
-        """The next half of the suspects, or, when all have been cleared, everything that waits."""
-        self._tried = set(self._suspects[: (len(self._suspects) + 1) // 2])
+        """The next few suspects, or, when all have been cleared, everything that waits."""
+        self._tried = set(self._suspects[: self._try_next])
+        self._try_next *= 2  # if these are innocent
         for number in list(self._tried) or list(self._jobs):
             self._send(number, self._jobs[number])
 
@@ -321,31 +349,33 @@ class SglangEngine:
         """Blame what was with the engine: who is there alone, after a death in company or two alone, is given up."""
         given_up = None
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            there = list(self._tried or self._jobs)
+            there = [number for number in self._suspects if number in self._tried] or list(self._jobs)
             for number in there:
                 self._jobs[number].deaths += 1
             if len(there) == 1 and self._jobs[there[0]].deaths >= TRIES:
                 given_up = self._jobs.pop(there[0])
                 given_up.failures.append(f"the engine died (exit code {process.returncode}): {self._last_words()}")
-                there = []
-            self._suspects = [number for number in there if self._jobs[number].deaths >= SUSPECT_AFTER]
+            others = [number for number in self._suspects if number not in there]
+            there = [n for n in there if n in self._jobs and self._jobs[n].deaths >= SUSPECT_AFTER]
+            self._suspects = [*there, *others]
+            self._try_next = max(1, len(there) // 2)
             self._tried = set()
         if given_up is not None:
             given_up.answers.put((given_up, UserError(given_up.failures[-1])))
 
     def _forget_process(self) -> None:
         with self._lock:
-            self._process = None
+            self._process, self._up = None, False
 
     def _give_up(self, error: UserError) -> None:
         with self._lock:
+            self._gone = self._gone or error
             jobs, self._jobs, self._suspects, self._tried = list(self._jobs.values()), {}, [], set()
         if not self._started:
             self._ready.put(error)
         for job in jobs:
-            job.failures.clear()
             job.answers.put((job, error))
 
     def _last_words(self) -> str:
@@ -367,7 +397,11 @@ def check_python(config: SglangConfig) -> None:
     if config.python is not None and not Path(config.python).is_file():
         raise UserError(f"{config.python}: no such interpreter (engine.python)")
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
-    if subprocess.run([config.python or sys.executable, "-c", look], check=False).returncode != 0:
+    try:
+        found = subprocess.run([config.python or sys.executable, "-c", look], check=False).returncode == 0
+    except OSError as error:
+        raise UserError(f"{config.python}: cannot be run (engine.python): {error}") from None
+    if not found:
         raise UserError(
             f"{config.python or sys.executable}: has no SGLang; install it in an environment of its own "
             "(pip install -c constraints-sglang.txt sglang) and name that one's interpreter as engine.python"

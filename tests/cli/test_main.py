@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -314,3 +315,42 @@ def test_init_writes_configs_that_load_and_state_the_defaults(gft: Gft, tmp_path
     yours = {"prompts": measured.prompts.model_dump(include={"path", "columns", "template"}), "out": "runs/eval.json"}
     assert measured == EvalConfig(**yours, model="runs/train/final")
     refused(gft, "init", "mine", saying=("generate.yaml", "not overwritten"))
+
+
+def test_eval_finds_mistakes_before_it_samples_and_overwrites_nothing_of_yours(gft: Gft, tmp_path: Path) -> None:
+    config = tmp_path / "eval.yaml"
+    settings = {
+        "model": str(DEMO / "model"),
+        "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 2},
+        "reward": {"name": "numeric", "workers": 1},
+        "num_samples": 1,
+        "k": [1],
+        "sampling": {"temperature": 1.0},
+        "max_tokens": 48,
+    }
+    config.write_text(yaml.safe_dump(settings))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"mine": 1}\n')
+    refused(gft, "eval", config, "--out", "folder", saying=("folder", "is a folder"))
+    refused(gft, "eval", config, "--out", "prompts.jsonl/x.json", saying=("prompts.jsonl is a file",))
+    refused(gft, "eval", config, "--out", "prompts.jsonl", saying=("prompts.jsonl", "not a result"))
+    refused(gft, "eval", config, "--set", "reference=./no-model", saying=("no-model",))
+    assert gft("eval", config, "--out", "2026").code == 0, "a name that YAML would read as a number"
+    assert gft("eval", config, "--out", "2026").code == 0, "an earlier result may be replaced"
+    assert "result" in json.loads((tmp_path / "2026").read_text())
+
+
+def test_a_dry_run_finds_a_missing_device_or_engine(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml")
+    refused(gft, "generate", config, "--dry-run", "--set", "engine.device=cuda:7", saying=("cuda:7",))
+    bare = "engine={name: sglang, python: no-such-python}"
+    refused(gft, "generate", config, "--dry-run", "--set", bare, saying=("no-such-python", "engine.python"))
+
+
+def test_weights_that_cannot_be_loaded_leave_nothing_behind(gft: Gft, tmp_path: Path) -> None:
+    shutil.copytree(DEMO / "model", tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    config = write_config(tmp_path / "c.yaml", model="m")
+    refused(gft, "generate", config, saying=("m: cannot load this model",))
+    shutil.copy(DEMO / "model" / "model.safetensors", tmp_path / "m" / "model.safetensors")
+    assert gft("generate", config).code == 0

@@ -153,7 +153,7 @@ def test_every_prompt_is_there_once_in_the_order_of_the_source(finished: Path) -
     manifest = read_manifest(finished)
     assert [record.rows for record in manifest.shards] == [6, 6, 6, 3]
     assert (manifest.prompts.rows_read, manifest.prompts.prompts) == (NUM_PROMPTS, NUM_PROMPTS)
-    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["engine", "plan.json", "records"]
+    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["engine", "lock", "plan.json", "records"]
 
 
 def test_groups_hold_what_the_config_asks_for_in_its_order(finished: Path, demo: Path) -> None:
@@ -561,7 +561,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(small: MakeConfig, 
         assert tree(out) == before
     shutil.rmtree(out)
     out.write_text("a file")
-    assert "exists and is not a folder" in refusal(one_line, config)
+    assert "cannot be a folder" in refusal(one_line, config)
     assert out.read_text() == "a file"
 
 

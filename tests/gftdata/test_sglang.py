@@ -1,6 +1,11 @@
 """The supervision of a SGLang child, with a stand-in that fails on demand. The real engine is met in tests/sglang."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gftdata.config import SglangConfig
+from gftdata.config import GenerateConfig, SglangConfig, validate_config
 from gftdata.engines import sglang
 from gftdata.errors import UserError
+from gftdata.generate import Event, generate
+from gftdata.shards import verify
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import Refusal, Sample, SampleRequest, Sampling, Seed
 
@@ -143,3 +150,187 @@ def test_two_streams_at_once_do_not_mix(open_fake: Open) -> None:
     found = [answer.request.prompt_id for pair in zip(first, second, strict=True) for answer in pair]
     assert Counter(found) == Counter(f"p{i}" for i in (3, 4, 5, 6, 10, 11, 12, 13))
     assert {int(p[1:]) < 9 for p in found[::2]} == {True}
+
+
+def test_an_engine_that_is_gone_answers_everybody_with_an_error(open_fake: Open) -> None:
+    engine = open_fake(die=[2])  # in every prompt
+    with pytest.raises(UserError, match="died"):
+        answered(engine, *range(3, 15))
+    with pytest.raises(UserError, match="died"):
+        answered(engine, 3)
+    closed = open_fake()
+    closed.close()
+    with pytest.raises(UserError, match="closed"):
+        answered(closed, 3)
+
+
+def test_closing_while_another_thread_waits_ends_its_waiting(open_fake: Open) -> None:
+    engine = open_fake(slow=60)
+    failures: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            answered(engine, 3)
+        except UserError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.2)
+    sglang_stop = sglang.STOP_S
+    try:
+        sglang.STOP_S = 0.1  # type: ignore[misc]
+        engine.close()
+    finally:
+        sglang.STOP_S = sglang_stop  # type: ignore[misc]
+    thread.join(10)
+    assert not thread.is_alive() and len(failures) == 1
+
+
+def test_closed_between_two_lives_it_stays_closed(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "BACK_OFF_S", (5.0, 5.0, 5.0))
+    engine = open_fake()
+    assert engine._process is not None
+    engine._process.kill()
+    engine._process.wait()
+    time.sleep(0.3)  # it is in its back-off now
+    engine.close()
+    time.sleep(0.3)
+    assert engine._process is None or engine._process.poll() is not None
+    assert not any(t.name == "sglang-supervisor" and t.is_alive() for t in threading.enumerate())
+
+
+def config_of(demo: Path, out: Path, **options: Any) -> GenerateConfig:
+    return validate_config(
+        GenerateConfig,
+        {
+            "model": str(demo / "model"),
+            "out": str(out),
+            "prompts": {
+                "path": str(demo / "train.jsonl"),
+                "columns": {"ground_truth": "answer", "expert": "expert"},
+                "limit": 20,
+            },
+            "reward": {"name": "numeric", "workers": 1},
+            "responses": {"self": {"count": 2}, "max_tokens": 48},
+            "shards": {"groups_per_shard": 4},
+            "engine": {
+                "name": "sglang",
+                "max_in_flight": 6,
+                "options": options | {"log": str(out.with_suffix(".log"))},
+            },
+        },
+        "test",
+    )
+
+
+def with_prompts(config: GenerateConfig, path: Path) -> GenerateConfig:
+    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"path": str(path)})})
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "WORKER", FAKE)
+    monkeypatch.setattr(sglang, "BACK_OFF_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(sglang, "check_python", lambda config: None)
+
+
+def test_generate_finishes_shards_beside_the_sampling(fake: None, demo: Path, tmp_path: Path) -> None:
+    manifest = generate(config_of(demo, tmp_path / "data", die_once=[9]))
+    assert verify(tmp_path / "data") == []
+    assert (manifest.summary.groups, manifest.summary.responses) == (20, 60)
+    assert manifest.engine == "sglang fake"
+    assert manifest.prompts_quarantined == 0
+
+
+@pytest.mark.parametrize("kind", ["die", "nan", "error"])
+def test_a_prompt_that_the_engine_cannot_take_is_quarantined(
+    fake: None, demo: Path, tmp_path: Path, tokenizer: Tokenizer, kind: str
+) -> None:
+    out = tmp_path / "data"
+    minus = tokenizer.backend.convert_tokens_to_ids("-")
+    rows = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()[:20]]
+    rows[7]["question"] = "99-11="
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(demo, out, **{kind: [minus]})
+    config = with_prompts(config, tmp_path / "p.jsonl")
+    manifest = generate(config)
+    assert verify(out) == []
+    assert (manifest.summary.groups, manifest.prompts_quarantined) == (19, 1)
+    (entry,) = (json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines())
+    assert entry["source"] == "self" and entry["reason"]
+
+
+def test_a_response_that_cannot_be_scored_quarantines_its_prompt(
+    fake: None, demo: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    out = tmp_path / "data"
+    minus = tokenizer.backend.convert_tokens_to_ids("-")
+    rows = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()[:20]]
+    rows[3]["expert"] = "1-1=0"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(demo, out, unscorable=[minus])
+    config = with_prompts(config, tmp_path / "p.jsonl")
+    manifest = generate(config)
+    assert verify(out) == []
+    assert (manifest.summary.groups, manifest.prompts_quarantined) == (19, 1)
+    assert "too long" in (out / "quarantine.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["error", "unscorable", "nan"])
+def test_an_engine_that_refuses_everything_quarantines_nothing(
+    fake: None, demo: Path, tmp_path: Path, kind: str
+) -> None:
+    everything = list(range(18))
+    with pytest.raises(UserError, match=r"refused|could be scored"):
+        generate(config_of(demo, tmp_path / "data", **{kind: everything}))
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert not list(tmp_path.rglob("quarantine/*.json"))
+
+
+def test_a_second_run_on_the_same_output_is_refused(fake: None, demo: Path, tmp_path: Path) -> None:
+    config = config_of(demo, tmp_path / "data")
+    refusals: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "sample" and not refusals:
+            try:
+                generate(config)
+            except UserError as error:
+                refusals.append(str(error))
+
+    generate(config, listen)
+    assert len(refusals) == 1 and "another gft generate" in refusals[0]
+    assert verify(tmp_path / "data") == []
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_its_engine(demo: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from gftdata import generate as g\n"
+        "from gftdata.engines import sglang\n"
+        "from gftdata.config import GenerateConfig, load_config\n"
+        f"sglang.WORKER = Path({str(FAKE)!r})\n"
+        "sglang.STOP_S = 0.1\n"
+        "sglang.check_python = lambda config: None\n"
+        "if __name__ == '__main__':\n"
+        "    import polars\n"
+        "    config = load_config(GenerateConfig, sys.argv[1])\n"
+        "    g.generate(config, lambda event: print(event.kind, flush=True))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    config = config_of(demo, tmp_path / "data", slow=0.3)
+    (tmp_path / "c.yaml").write_text(config.model_dump_json(by_alias=True))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "c.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "sample" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in error

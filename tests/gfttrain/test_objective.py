@@ -284,3 +284,12 @@ def test_the_training_loss_is_the_public_one() -> None:
     public = gft_loss(logprobs, advantages, everything(logprobs), tau=0.3, num_loss_tokens=100)
     configured = token_losses(ObjectiveConfig(tau=0.3), logprobs, advantages, logprobs, logprobs).sum() / 100
     assert public == configured
+
+
+def test_a_mask_of_integers_or_floats_means_the_same() -> None:
+    logprobs = torch.tensor([-0.1, -2.0, -0.5, -3.0])
+    advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])
+    mask = torch.tensor([True, False, True, True])
+    expected = gft_loss(logprobs, advantages, mask, tau=0.7, num_loss_tokens=3)
+    for dtype in (torch.int64, torch.float32):
+        assert gft_loss(logprobs, advantages, mask.to(dtype), tau=0.7, num_loss_tokens=3) == expected

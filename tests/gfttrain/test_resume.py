@@ -158,7 +158,7 @@ def test_a_half_written_checkpoint_is_not_used(uninterrupted: dict[str, Path], d
     train(config, events.append)
     assert events[0].step == 4
     assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000008", "step-00000010"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000012"]
 
 
 def test_changed_data_is_refused_on_resume(data: Path, unjudged_data: Path, tmp_path: Path) -> None:

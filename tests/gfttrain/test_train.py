@@ -93,7 +93,7 @@ def test_one_line_of_metrics_a_step(run: tuple[Path, list[Event]], data: Path) -
     assert [e.metrics for e in events if e.kind == "step"] == found
     assert [(e.kind, e.step) for e in events if e.kind != "step"] == [
         ("start", 0),
-        *(("checkpoint", step) for step in (3, 6, 9)),
+        *(("checkpoint", step) for step in (3, 6, 9, 12)),
     ]
     assert {e.num_steps for e in events} == {12}
 
@@ -129,7 +129,7 @@ def test_the_first_steps_metrics_by_hand(run: tuple[Path, list[Event]], data: Pa
 
 
 def test_keeps_the_newest_checkpoints(run: tuple[Path, list[Event]]) -> None:
-    assert sorted(p.name for p in (run[0] / "checkpoints").iterdir()) == ["step-00000006", "step-00000009"]
+    assert sorted(p.name for p in (run[0] / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
 
 
 def test_a_finished_run_is_left_as_it_is(run: tuple[Path, list[Event]], data: Path) -> None:
@@ -295,7 +295,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no data", {"data": "nowhere"}, r"nowhere: no such data set folder"),
     ("not a data set", {"data": str(DEMO)}, r"demo: no manifest.json"),
     ("no model", {"model": "./nowhere"}, r"nowhere: no such model folder"),
-    ("no used source", {"objective": {"sources": ["teacher:other"]}}, r"no response is left to train on"),
+    ("no used source", {"objective": {"sources": ["teacher:other"]}}, r"teacher:other, which the data does not have"),
+    (
+        "unused source",
+        {"objective": {"advantage": "one", "sources": ["expert"], "min_reward": 9.0}},
+        r"no response is left",
+    ),
     ("no signal", {"objective": {"sources": ["expert"]}}, r"no group has a training signal"),
     ("unknown schedule", {"optim": {"schedule": "cosin"}}, r"optim.schedule cosin cannot be used"),
     ("plateau", {"optim": {"schedule": "reduce_lr_on_plateau"}}, r"optim.schedule reduce_lr_on_plateau follows"),
@@ -393,8 +398,9 @@ def test_a_folder_that_belongs_to_something_else_is_left_alone(content: str, dat
 
 def test_an_output_that_is_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match="not empty and not a run of gft train"):
-        train(train_settings(data, tmp_path / "run"))
+    for out in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(UserError, match="cannot be a folder"):
+            train(train_settings(data, out))
     assert (tmp_path / "run").read_text() == "mine"
 
 

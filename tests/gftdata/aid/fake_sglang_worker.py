@@ -2,13 +2,18 @@
 
 A response is the prompt's last id, counted up, then the end token 1. A prompt that holds a marked id makes the process
 die, hang up half way through a line, abort, or answer NaN; options: {"die": [ids], "die_once": [ids], "torn": [ids],
-"abort": [ids], "nan": [ids], "no_start": bool, "log": path}.
+"abort": [ids], "nan": [ids], "error": [ids], "unscorable": [ids], "slow": seconds, "no_start": bool, "log": path}.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+
+
+def reason_of(kind: str) -> dict[str, object]:
+    return {"type": kind}
 
 
 def main() -> None:
@@ -32,6 +37,20 @@ def main() -> None:
             reason = {"type": "stop", "matched": "NaN happened"}
         if set(ids) & set(options.get("abort", [])):
             reason = {"type": "abort", "message": "no room"}
+        if request["arguments"]["sampling_params"]["max_new_tokens"] == 0:
+            if set(ids) & set(options.get("unscorable", [])):
+                answers.write(json.dumps({"id": request["id"], "error": "ValueError: too long"}) + "\n")
+                continue
+            scored = ids[request["arguments"]["logprob_start_len"] :]
+            pairs = [[None, scored[0]], *([-0.25, token] for token in scored[1:])]
+            answer: dict[str, object] = {"finish_reason": reason_of("length"), "input_token_logprobs": pairs}
+            answers.write(json.dumps({"id": request["id"], "answer": answer}) + "\n")
+            continue
+        if set(ids) & set(options.get("error", [])):
+            answers.write(json.dumps({"id": request["id"], "error": "ValueError: exceeds context length"}) + "\n")
+            continue
+        if "slow" in options:
+            time.sleep(options["slow"])
         response = [ids[-1], ids[-1] + 1, 1]
         answer = {
             "finish_reason": reason,

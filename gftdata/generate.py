@@ -25,17 +25,15 @@ from gftdata.prepare import (
     Phase,
     Plan,
     ShardPrompt,
-    check_engine,
-    check_output,
     create_output,
     phases,
+    preflight,
     read_plan,
     rows_of_shard,
     sample_seed,
     shard_prompts,
     sole_writer,
 )
-from gftdata.rewards import resolve
 from gftdata.schema import SCHEMA_VERSION, groups_to_table
 from gftdata.shards import (
     DATA,
@@ -92,12 +90,7 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None) ->
     Raises UserError for what the user can mend. Killed at any moment and called again with the same config, it
     continues, and the finished data set holds every prompt exactly once.
     """
-    out = Path(config.out)
-    resolve(config.reward.name)
-    for phase in phases(config):
-        check_engine(phase.engine)
-    tokenizer = load_tokenizer(config.model)
-    check_output(config, out, tokenizer)
+    out, tokenizer = Path(config.out), preflight(config)
     if (out / MANIFEST).is_file():
         return read_manifest(out)
     with sole_writer(out):

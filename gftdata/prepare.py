@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,12 +89,7 @@ class Preview:
 
 def preview(config: GenerateConfig) -> Preview:
     """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
-    out = Path(config.out)
-    resolve(config.reward.name)
-    for phase in phases(config):
-        check_engine(phase.engine)
-    tokenizer = load_tokenizer(config.model)
-    check_output(config, out, tokenizer)
+    out, tokenizer = Path(config.out), preflight(config)
     survey = Survey(config, tokenizer)
     num_prompts = sum(1 for _ in survey.prompts())
     num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
@@ -108,6 +103,16 @@ def preview(config: GenerateConfig) -> Preview:
         sampled_responses=sampled,
         max_sampled_tokens=sampled * config.responses.max_tokens,
     )
+
+
+def preflight(config: GenerateConfig) -> Tokenizer:
+    """Find mistakes in reward, engines, model and output before anything is read or written."""
+    resolve(config.reward.name)
+    for phase in phases(config):
+        check_engine(phase.engine)
+    tokenizer = load_tokenizer(config.model)
+    check_output(config, Path(config.out), tokenizer)
+    return tokenizer
 
 
 def phases(config: GenerateConfig) -> list[Phase]:
@@ -187,7 +192,7 @@ def sole_writer(out: Path) -> Iterator[None]:
 
     Whatever ends the block before the first sample or shard is there takes back what it has written.
     """
-    created = next((p for p in reversed([out / WORK, *(out / WORK).parents]) if not p.exists()), None)
+    created = [folder for folder in (out / WORK, out, *out.parents) if not folder.exists()]  # innermost first
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (out / WORK / "lock").open("w") as lock:
         try:
@@ -198,8 +203,11 @@ def sole_writer(out: Path) -> Iterator[None]:
             yield
         except BaseException:
             worth_keeping = any((out / WORK / "journal").rglob("*.jsonl")) or any((out / DATA).glob("*"))
-            if created is not None and not worth_keeping:
-                shutil.rmtree(created, ignore_errors=True)
+            if created and not worth_keeping:
+                shutil.rmtree(out / WORK, ignore_errors=True)
+                with suppress(OSError):  # a folder above may hold another run's output by now: only empty ones go
+                    for folder in created[1:]:
+                        folder.rmdir()
             raise
 
 

@@ -371,7 +371,7 @@ class SglangEngine:
 
     def _give_up(self, error: UserError) -> None:
         with self._lock:
-            self._gone = self._gone or error
+            self._gone = error = self._gone or error  # jobs know the engine's end by this one error
             jobs, self._jobs, self._suspects, self._tried = list(self._jobs.values()), {}, [], set()
         if not self._started:
             self._ready.put(error)
@@ -388,7 +388,6 @@ class SglangEngine:
 
 def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:
     """Start the engine; returns when it is ready. Raises UserError when it does not come up."""
-    check_python(config)
     return SglangEngine(model, config, tokenizer)
 
 
@@ -418,14 +417,14 @@ def _failure(answer: dict[str, Any]) -> str | None:
     return None
 
 
-def _scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
+def _scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs | Unscored:
     """The log-probs of a scoring answer: one None, then exactly the response's tokens."""
     first, *pairs = answer["input_token_logprobs"]
     if first[0] is not None or [int(token) for _, token in pairs] != request.response_ids.tolist():
         raise UserError("engine sglang: scored other tokens than the given ones; this version is not supported")
     scores = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
     if not np.isfinite(scores).all():
-        raise UserError("engine sglang: a log-prob is not finite")
+        return Unscored("a log-prob is not finite")
     return scores
 
 

@@ -354,3 +354,20 @@ def test_weights_that_cannot_be_loaded_leave_nothing_behind(gft: Gft, tmp_path: 
     refused(gft, "generate", config, saying=("m: cannot load this model",))
     shutil.copy(DEMO / "model" / "model.safetensors", tmp_path / "m" / "model.safetensors")
     assert gft("generate", config).code == 0
+
+
+def test_a_run_that_fails_early_takes_back_only_its_own(
+    gft: Gft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gftdata import generate as generation
+    from gftdata.errors import UserError
+
+    def another_run_begins(*_: object) -> None:
+        (tmp_path / "runs" / "other").mkdir()
+        (tmp_path / "runs" / "other" / "data").write_text("days of work")
+        raise UserError("this one fails")
+
+    monkeypatch.setattr(generation, "open_engine", another_run_begins)
+    failed = gft("generate", write_config(tmp_path / "c.yaml", out="runs/mine"))
+    assert failed.code == 2 and "this one fails" in failed.err
+    assert sorted(tree(tmp_path / "runs")) == ["other", "other/data"]

@@ -51,6 +51,34 @@ class ReasoningGymConfig(BaseModel):
     options: dict[str, Any] = {}  # passed to the task's own config
 
 
+class EvalSetConfig(BaseModel):
+    """Questions that a model will be evaluated on, and that must not be among the prompts."""
+
+    model_config = STRICT
+
+    path: str | None = None  # a .jsonl or .parquet file
+    dataset: str | None = None  # or: a data set on the Hub
+    subset: str | None = None
+    split: str = "test"
+    column: str = "question"  # text, or a chat whose last message counts
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "EvalSetConfig":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("name exactly one of path and dataset")
+        return self
+
+
+class DuplicatesConfig(BaseModel):
+    """What becomes of prompts that come again. They are always counted, unless `near` is `ignore`."""
+
+    model_config = STRICT
+
+    exact: Literal["keep", "remove"] = "keep"  # the same messages and ground truth
+    near: Literal["ignore", "keep", "remove"] = "keep"  # another prompt's words, almost
+    similarity: Probability = 0.8  # near: estimated Jaccard similarity of the questions' word 5-grams, from here on
+
+
 class PromptsConfig(BaseModel):
     """Where prompts come from and how a row becomes one."""
 
@@ -61,6 +89,7 @@ class PromptsConfig(BaseModel):
     subset: str | None = None  # its configuration name
     split: str = "train"
     reasoning_gym: ReasoningGymConfig | None = None  # or: a task generator
+    reuse: str | None = None  # or: an earlier data set of response groups, folder or Hub id, with its responses
     columns: ColumnsConfig = ColumnsConfig()
     template: str | None = None  # e.g. "{question} Let's think step by step."
     system: str | None = None  # a system message put first
@@ -72,8 +101,11 @@ class PromptsConfig(BaseModel):
 
     @model_validator(mode="after")
     def one_origin(self) -> "PromptsConfig":
-        if sum(x is not None for x in (self.path, self.dataset, self.reasoning_gym)) != 1:
-            raise ValueError("name exactly one of path, dataset, reasoning_gym")
+        if sum(x is not None for x in (self.path, self.dataset, self.reasoning_gym, self.reuse)) != 1:
+            raise ValueError("name exactly one of path, dataset, reasoning_gym, reuse")
+        changed = self.columns != ColumnsConfig() or self.template is not None or self.system is not None
+        if self.reuse is not None and changed:
+            raise ValueError("reuse takes prompts as they are: columns, template and system do not apply")
         if self.template is not None and "{question}" not in self.template:
             raise ValueError("template must contain {question}")
         if self.template is not None and self.columns.messages is not None:
@@ -106,11 +138,12 @@ class SamplingConfig(BaseModel):
 
 
 class ExpertConfig(BaseModel):
-    """Expert demonstrations, from `prompts.columns.expert`."""
+    """Expert demonstrations, from `prompts.columns.expert`, or those of a reused data set."""
 
     model_config = STRICT
 
     count: Annotated[int, Field(ge=0)] = 1
+    remove_thinking: bool = False  # leave out what stands before `</think>`
 
 
 class HfConfig(BaseModel):
@@ -136,17 +169,64 @@ class SglangConfig(BaseModel):
     options: dict[str, Any] = {}  # of sglang.Engine: tp_size, dp_size, mem_fraction_static, quantization, ...
 
 
+class ServerConfig(BaseModel):
+    """A running SGLang server (`python -m sglang.launch_server`), or several that serve the same model."""
+
+    model_config = STRICT
+
+    name: Literal["server"]
+    urls: Annotated[tuple[str, ...], Field(min_length=1)]  # e.g. [http://node1:30000, http://node2:30000]
+    serves: str | None = None  # the server's own name for the model, where it is not the config's
+    max_in_flight: PositiveInt = 256  # requests with the servers at a time, all together
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # an answer that takes longer is asked for again
+    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer: the run ends, and can be continued
+
+
+class OpenaiConfig(BaseModel):
+    """Any OpenAI-compatible endpoint. It gives text only, so it can be a teacher and never the reference."""
+
+    model_config = STRICT
+
+    name: Literal["openai"]
+    base_url: str | None = None  # default: the `openai` client's own (OPENAI_BASE_URL, or OpenAI)
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
+    max_in_flight: PositiveInt = 32  # requests at a time
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # an answer that takes longer is asked for again
+    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer: the run ends, and can be continued
+    extra: dict[str, Any] = {}  # further fields of the request body, e.g. {reasoning_effort: low}
+
+
 def _engine_name(value: Any) -> str:
     return str(value.get("name", "hf") if isinstance(value, Mapping) else getattr(value, "name", "hf"))
 
 
 # What runs a model; `name` says which, and hf is the default.
 EngineConfig = Annotated[
-    Annotated[HfConfig, Tag("hf")] | Annotated[SglangConfig, Tag("sglang")], Discriminator(_engine_name)
+    Annotated[HfConfig, Tag("hf")] | Annotated[SglangConfig, Tag("sglang")] | Annotated[ServerConfig, Tag("server")],
+    Discriminator(_engine_name),
 ]
-TAGGED = {("engine", "hf"), ("engine", "sglang")}
+# A teacher is only sampled, so text without ids and log-probs will do.
+TeacherEngineConfig = Annotated[
+    Annotated[HfConfig, Tag("hf")]
+    | Annotated[SglangConfig, Tag("sglang")]
+    | Annotated[ServerConfig, Tag("server")]
+    | Annotated[OpenaiConfig, Tag("openai")],
+    Discriminator(_engine_name),
+]
+TAGGED = {("engine", name) for name in ("hf", "sglang", "server", "openai")}
 # What changes how an engine computes and not what: a run may continue with other values.
-COMPUTE_SETTINGS = {"batch_size", "batch_tokens", "device", "python", "max_in_flight"}
+COMPUTE_SETTINGS = {
+    "batch_size",
+    "batch_tokens",
+    "device",
+    "python",
+    "max_in_flight",
+    "urls",
+    "base_url",
+    "api_key_env",
+    "timeout_s",
+    "give_up_after_s",
+}
 COMPUTE_OPTIONS = {
     "tp_size",
     "dp_size",
@@ -170,15 +250,25 @@ class TeacherConfig(BaseModel):
 
     name: Name  # the source is recorded as teacher:<name>
     column: str | None = None  # given responses: a text, or a list of texts
+    reused: str | None = None  # or: a source of the data set in prompts.reuse, e.g. teacher:qwen, or self
     model: str | None = None  # or: a model to sample
-    engine: EngineConfig | None = None  # what runs that model; default: the config's engine
+    engine: TeacherEngineConfig | None = None  # what runs that model; default: the config's engine
     count: PositiveInt = 3
     sampling: SamplingConfig = SamplingConfig()
+    template: str | None = (
+        None  # how this model is asked, e.g. "{question} Think it over."; default: the prompt as it is
+    )
+    system: str | None = None  # its system message, in place of the prompt's
+    remove_thinking: bool = False  # leave out what stands before `</think>`
 
     @model_validator(mode="after")
     def one_origin(self) -> "TeacherConfig":
-        if (self.column is None) == (self.model is None):
-            raise ValueError("name exactly one of column and model")
+        if sum(x is not None for x in (self.column, self.reused, self.model)) != 1:
+            raise ValueError("name exactly one of column, reused and model")
+        if self.model is None and not (self.template is None and self.system is None and self.engine is None):
+            raise ValueError("template, system and engine apply to a model that is sampled")
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError("template must contain {question}")
         return self
 
     @property
@@ -221,9 +311,15 @@ class ResponsesConfig(BaseModel):
 
     @property
     def given_counts(self) -> dict[str, int]:
-        """Source -> count, for the sources that are columns."""
+        """Source -> count, for the sources that come with the prompts."""
         given = {EXPERT: self.expert.count} if self.expert.count else {}
-        return given | {teacher.source: teacher.count for teacher in self.teachers if teacher.column}
+        return given | {teacher.source: teacher.count for teacher in self.teachers if teacher.model is None}
+
+    def removes_thinking(self, source: str) -> bool:
+        """Whether responses of a source lose what stands before `</think>`."""
+        return (source == EXPERT and self.expert.remove_thinking) or any(
+            teacher.remove_thinking for teacher in self.teachers if teacher.source == source
+        )
 
 
 class ShardsConfig(BaseModel):
@@ -244,14 +340,26 @@ class GenerateConfig(BaseModel):
     model: str  # the starting model: draws the self samples and gives the reference log-probs
     out: str  # folder of the data set
     prompts: PromptsConfig
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    decontaminate: tuple[EvalSetConfig, ...] = ()  # prompts that share 8 words in a row with these are left out
     reward: RewardConfig = RewardConfig()
     responses: ResponsesConfig = ResponsesConfig()
     engine: EngineConfig = HfConfig()
     shards: ShardsConfig = ShardsConfig()
     seed: int = 0
+    extend: str | None = None  # a finished data set of this recipe with fewer prompts or responses, to add to
 
     @model_validator(mode="after")
-    def expert_has_a_column(self) -> "GenerateConfig":
+    def given_sources_have_an_origin(self) -> "GenerateConfig":
+        for teacher in self.responses.teachers:
+            if teacher.reused is not None and self.prompts.reuse is None:
+                raise ValueError(f"{teacher.source} is reused from a data set, and prompts.reuse names none")
+            if teacher.column is not None and self.prompts.reuse is not None:
+                raise ValueError(
+                    f"{teacher.source} is a column, and prompts.reuse has none: name the source with `reused`"
+                )
+        if self.prompts.reuse is not None:
+            return self
         if self.responses.expert.count and self.prompts.columns.expert is None:
             raise ValueError(
                 f"responses.expert.count is {self.responses.expert.count} but prompts.columns.expert names no column: "

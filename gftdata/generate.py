@@ -8,19 +8,22 @@ import importlib.metadata
 import json
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from gftdata import groups as grouping
-from gftdata.config import EngineConfig, GenerateConfig, SglangConfig
+from gftdata.config import EngineConfig, GenerateConfig, OpenaiConfig, ServerConfig, SglangConfig
 from gftdata.errors import UserError
+from gftdata.extend import Key, carried_keys, carried_responses
 from gftdata.journal import Journal, entry_of, read_journal, shard_folder
 from gftdata.judging import Submit, open_judges
-from gftdata.models import shown_name
+from gftdata.models import shareable, shown_name
 from gftdata.prepare import (
     Phase,
     Plan,
@@ -30,7 +33,6 @@ from gftdata.prepare import (
     preflight,
     read_plan,
     rows_of_shard,
-    sample_seed,
     shard_prompts,
     sole_writer,
 )
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from gftdata.engines.protocol import Engine, Sampler, Scorer
 
 QUARANTINE = "quarantine"
+NO_IDS = np.empty(0, np.int32)
 MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
 PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
@@ -118,10 +121,10 @@ def draw_teacher(
     missing = count_missing(config, plan, shards, phase)
     if not missing.total():
         return
-    tokenizer = load_tokenizer(phase.model)
-    with closing(open_engine(phase.model, phase.engine, tokenizer)) as engine:
+    tokenizer = None if phase.takes_text else load_tokenizer(phase.model)
+    with closing(open_sampler(phase, tokenizer)) as sampler:
         on_event(Event("phase", phase.source, missing.total()))
-        for _ in draw(config, plan, shards, phase, engine, tokenizer, journal, on_event):
+        for _ in draw(config, plan, shards, phase, sampler, tokenizer, journal, on_event):
             pass
 
 
@@ -143,7 +146,7 @@ def finish_shards(
     # so that the thread in the background, joined last, has nothing left to wait for
     with (
         _background_thread() as background,
-        closing(open_engine(own.model, own.engine, tokenizer)) as engine,
+        closing(open_engine(config.model, config.engine, tokenizer)) as engine,
         open_judges(config.reward) as submit,
     ):
         write_atomic(Path(config.out) / WORK / "engine", engine.version)
@@ -206,16 +209,25 @@ def _written_by(plan: Plan, phase: Phase) -> str:
 def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase) -> Counter[int]:
     """Shard -> samples of a phase that are still to be drawn."""
     out = Path(config.out)
-    refused = quarantined(out)
+    simple = not quarantined(out) and config.extend is None  # the usual case needs no look at the prompts
     missing: Counter[int] = Counter()
     for shard in shards:
-        done = Counter(row for source, row, _ in read_journal(out / WORK / "journal", shard) if source == phase.source)
-        if not refused:  # the usual case needs no look at the prompts
-            missing[shard] = rows_of_shard(config, plan, shard) * phase.count - done.total()
-            continue
-        ids = (item.prompt.prompt_id for item in shard_prompts(out, shard))
-        missing[shard] = sum(phase.count - done[row] for row, prompt_id in enumerate(ids) if prompt_id not in refused)
+        if simple:
+            done = sum(source == phase.source for source, *_ in read_journal(out / WORK / "journal", shard))
+            missing[shard] = rows_of_shard(config, plan, shard) * phase.count - done
+        else:
+            missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(config, shard, phase))
     return missing
+
+
+def _wanted(config: GenerateConfig, shard: int, phase: Phase) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
+    """(row, prompt, the k that a phase still has to draw for it), for each prompt that was not given up."""
+    out = Path(config.out)
+    refused, items = quarantined(out), shard_prompts(out, shard)
+    done = read_journal(out / WORK / "journal", shard).keys() | carried_keys(config, items)
+    for row, item in enumerate(items):
+        if item.prompt.prompt_id not in refused:
+            yield row, item, [k for k in range(phase.count) if (phase.source, row, k) not in done]
 
 
 def quarantined(out: Path) -> set[str]:
@@ -239,23 +251,21 @@ class Placed:
 
 
 def phase_requests(
-    config: GenerateConfig, shards: Sequence[int], phase: Phase, tokenizer: Tokenizer
+    config: GenerateConfig, shards: Sequence[int], phase: Phase, tokenizer: Tokenizer | None
 ) -> Iterator[Placed]:
     """The requests of a phase that no journal answers yet, a group's one after the other."""
-    out = Path(config.out)
-    refused = quarantined(out)
     for shard in shards:
-        done = read_journal(out / WORK / "journal", shard)
-        for row, item in enumerate(shard_prompts(out, shard)):
-            prompt = item.prompt
-            wanted = [k for k in range(phase.count) if (phase.source, row, k) not in done]
-            if not wanted or prompt.prompt_id in refused:
+        for row, item, wanted in _wanted(config, shard, phase):
+            if not wanted:
                 continue
-            own = phase.source == SELF
-            prompt_ids = item.prompt_ids if own else encode_prompt(tokenizer, prompt.messages)
+            prompt_id, messages = item.prompt.prompt_id, phase.messages(item.prompt)
+            if phase.source == SELF:
+                prompt_ids = item.prompt_ids
+            else:
+                prompt_ids = NO_IDS if tokenizer is None else encode_prompt(tokenizer, messages)
             for k in wanted:
-                seed = sample_seed(config.seed, prompt.prompt_id, phase.source, k)
-                yield Placed(shard, row, SampleRequest(prompt.prompt_id, k, prompt_ids, seed))
+                seed = grouping.sample_seed(config.seed, prompt_id, phase.source, k)
+                yield Placed(shard, row, SampleRequest(prompt_id, k, messages, prompt_ids, seed))
 
 
 def draw(
@@ -263,8 +273,8 @@ def draw(
     plan: Plan,
     shards: Sequence[int],
     phase: Phase,
-    engine: "Sampler",
-    tokenizer: Tokenizer,
+    sampler: "Sampler",
+    tokenizer: Tokenizer | None,
     journal: Journal,
     on_event: Listener,
 ) -> Iterator[int]:
@@ -284,7 +294,7 @@ def draw(
             places[item.request.prompt_id, item.request.index] = item.shard, item.row
             yield item.request
 
-    for answer in engine.sample(requests(), phase.sampling):
+    for answer in sampler.sample(requests(), phase.sampling):
         shard, row = places.pop((answer.request.prompt_id, answer.request.index))
         if isinstance(answer, Refusal):
             refused.append((answer, shard))
@@ -294,7 +304,7 @@ def draw(
         entry = entry_of(answer, phase.source, row, written_by)
         journal.append(shard, entry)
         answered = True
-        on_event(Event("sample", phase.source, tokens=len(entry.response_ids)))
+        on_event(Event("sample", phase.source, tokens=answer.num_tokens))
         yield from _believe(out, phase.source, refused, on_event)
         yield shard
     if refused and (not answered or len(refused) >= MAX_REFUSALS):
@@ -312,28 +322,44 @@ def _believe(out: Path, source: str, refused: list[tuple[Refusal, int]], on_even
         yield shard
 
 
-def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[tuple[ShardPrompt, list[Completion]]]:
-    """A shard's prompts with all their completions: given ones, then teachers, then self, each in order."""
+Row = tuple[ShardPrompt, list[Completion | Response]]  # a response needs no judging and scoring any more
+
+
+def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[Row]:
+    """A shard's prompts with all their completions: given ones, then teachers, then self, each in order.
+
+    What the extended data set has of them comes as it is there, judged and scored.
+    """
     out = Path(config.out)
     entries = read_journal(out / WORK / "journal", shard)
-    rows = []
-    refused = quarantined(out)
-    for row, item in enumerate(shard_prompts(out, shard)):
+    refused, items = quarantined(out), shard_prompts(out, shard)
+    carried = carried_responses(config, items)
+    rows: list[Row] = []
+    for row, item in enumerate(items):
         if item.prompt.prompt_id in refused:
             continue
         drawn = [
-            grouping.drawn_completion(config.responses, entries[phase.source, row, k], tokenizer)
+            carried.get(key) or grouping.drawn_completion(config.responses, entries[key], tokenizer)
             for phase in phases(config)
-            for k in range(phase.count)
+            for key in ((phase.source, row, k) for k in range(phase.count))
         ]
-        given = grouping.given_completions(config.responses, item.prompt, tokenizer)
+        given = [
+            _already(carried, row, completion)
+            for completion in grouping.given_completions(config.responses, item.prompt, tokenizer)
+        ]
         rows.append((item, grouping.ordered(config.responses, [*given, *(c for c in drawn if c is not None)])))
     return rows
 
 
+def _already(carried: Mapping[Key, Response], row: int, given: Completion) -> Completion | Response:
+    """A given completion, or its carried response where that was the same text."""
+    of_source = (response for key, response in carried.items() if key[:2] == (given.source, row))
+    return next((r for r in of_source if np.array_equal(r.completion.response_ids, given.response_ids)), given)
+
+
 def judge_and_score(
     out: Path,
-    rows: Sequence[tuple[ShardPrompt, Sequence[Completion]]],
+    rows: Sequence[Row],
     submit: Submit,
     scorer: "Scorer",
     on_event: Listener,
@@ -342,29 +368,36 @@ def judge_and_score(
 
     A prompt with a response that the engine cannot score is quarantined.
     """
-    verdicts = [[submit(item.prompt, completion.text) for completion in completions] for item, completions in rows]
+    new = [[found for found in of_row if isinstance(found, Completion)] for _, of_row in rows]
+    verdicts = [
+        [submit(item.prompt, completion.text) for completion in completions]
+        for (item, _), completions in zip(rows, new, strict=True)
+    ]
     requests = [
         ScoreRequest(item.prompt_ids, completion.response_ids)
-        for item, completions in rows
+        for (item, _), completions in zip(rows, new, strict=True)
         for completion in completions
     ]
     answers = iter(scorer.score(requests))
-    scores = [[next(answers) for _ in completions] for _, completions in rows]
+    scores = [[next(answers) for _ in completions] for completions in new]
     unscored = [next((score for score in of_row if isinstance(score, Unscored)), None) for of_row in scores]
     if rows and all(unscored):
         raise UserError(f"not one of {len(rows)} groups could be scored: {unscored[0].reason if unscored[0] else ''}")
     groups = []
-    for (item, completions), of_row, failed, futures in zip(rows, scores, unscored, verdicts, strict=True):
+    for (item, found), of_row, failed, futures in zip(rows, scores, unscored, verdicts, strict=True):
         if failed is not None:
             quarantine(out, item.prompt.prompt_id, "reference", failed.reason)
             on_event(Event("quarantined", "reference"))
             continue
         responses = []
-        for completion, score, future in zip(completions, of_row, futures, strict=True):
-            assert not isinstance(score, Unscored)
-            verdict = future.result()
-            responses.append(Response(completion, verdict, score))
-            on_event(Event("judged", completion.source, reward=verdict.reward))
+        judged = zip(of_row, futures, strict=True)
+        for response in found:
+            if isinstance(response, Completion):
+                score, future = next(judged)
+                assert not isinstance(score, Unscored)
+                response = Response(response, future.result(), score)
+            responses.append(response)
+            on_event(Event("judged", response.completion.source, reward=response.verdict.reward))
         groups.append(Group(item.prompt, item.prompt_ids, tuple(responses)))
     return groups
 
@@ -389,7 +422,7 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
         toolkit_version=importlib.metadata.version("gft-toolkit"),
-        recipe=_without_folders(plan.recipe),
+        recipe=shareable(plan.recipe),
         models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
         tokenizer=plan.tokenizer,
         engine=(out / WORK / "engine").read_text(),
@@ -406,15 +439,14 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
     return manifest
 
 
-def _without_folders(value: Any, key: str = "") -> Any:
-    """A recipe as it may be shared: absolute paths are cut to their last part."""
-    if isinstance(value, dict):
-        return {name: _without_folders(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    if key in ("model", "path", "dataset") and isinstance(value, str) and Path(value).is_absolute():
-        return shown_name(value) if Path(value).is_dir() else Path(value).name
-    return value
+def open_sampler(phase: Phase, tokenizer: Tokenizer | None) -> "Sampler":
+    """Start what draws a teacher's samples; it has a tokenizer unless it takes text."""
+    if isinstance(phase.engine, OpenaiConfig):
+        from gftdata.engines.endpoint import open_endpoint
+
+        return open_endpoint(phase.model, phase.engine)
+    assert tokenizer is not None
+    return open_engine(phase.model, phase.engine, tokenizer)
 
 
 def open_engine(model: str, config: EngineConfig, tokenizer: Tokenizer) -> "Engine":
@@ -423,6 +455,10 @@ def open_engine(model: str, config: EngineConfig, tokenizer: Tokenizer) -> "Engi
         from gftdata.engines.sglang import open_engine as open_sglang
 
         return open_sglang(model, config, tokenizer)
+    if isinstance(config, ServerConfig):
+        from gftdata.engines.server import open_engine as open_server
+
+        return open_server(model, config, tokenizer)
     from gftdata.engines.hf import open_engine as open_hf
 
     return open_hf(model, config, tokenizer)

@@ -32,7 +32,7 @@ START_LIMIT_S = 300.0  # for the first worker to be up
 ORPHAN_LIMIT_S = 5.0  # past its time limit, a worker nobody killed ends itself
 WORKER_DIED = Verdict(None, "error:worker_died")
 
-_WARM_UP = Prompt("", None, (), "1", "", (), "{}")
+_WARM_UP = Prompt("", None, (), "1", "", (), "{}", "")
 
 
 @dataclass(slots=True, eq=False)

@@ -1,11 +1,12 @@
 """Which model exactly: a name for people, a revision for comparison."""
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 from gftdata.errors import UserError, first_line
 
+PATHS = ("model", "path", "dataset", "reuse", "extend", "serves")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -38,6 +39,17 @@ def shown_name(model: str) -> str:
     return path.name if path.name not in ("model", "final") else f"{path.parent.name}/{path.name}"
 
 
+def shareable(value: Any, key: str = "") -> Any:
+    """A recipe as it may be shared: absolute paths are cut to their last part, addresses are left out."""
+    if isinstance(value, dict):
+        return {name: shareable(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shareable(item, key) for item in value]
+    if key in PATHS and isinstance(value, str) and Path(value).is_absolute():
+        return shown_name(value) if Path(value).is_dir() else Path(value).name
+    return value
+
+
 def context_length(model: str) -> int | None:
     """Tokens the model can hold, prompt and response together, where its configuration says."""
     from transformers import AutoConfig
@@ -51,13 +63,11 @@ def context_length(model: str) -> int | None:
 
 
 def _hub_commit(model: str) -> str:
-    from transformers import AutoConfig
+    """The commit of the snapshot that transformers loads; its configurations no longer say."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        return Path(hf_hub_download(model, "config.json")).parent.name
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{model}: cannot read its configuration: {first_line(error)}") from None
-    return str(
-        getattr(config, "_commit_hash", None)
-        or hashlib.sha256(json.dumps(config.to_dict(), default=str).encode()).hexdigest()
-    )

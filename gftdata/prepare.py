@@ -4,25 +4,34 @@ All of it is written to `.work/` when the output is created, so that a run start
 """
 
 import fcntl
-import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gftdata import groups as grouping
-from gftdata.config import EngineConfig, GenerateConfig, SamplingConfig, SglangConfig, recipe_differences
+from gftdata.config import (
+    GenerateConfig,
+    OpenaiConfig,
+    SamplingConfig,
+    ServerConfig,
+    SglangConfig,
+    TeacherEngineConfig,
+    recipe_differences,
+)
 from gftdata.errors import UserError
+from gftdata.extend import Place, check_extension, open_places
 from gftdata.models import context_length, model_revision
-from gftdata.prompts import prompt_from_json, prompt_to_json, read_prompts
+from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to_json, read_prompts
+from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import (
     DATA,
@@ -37,8 +46,9 @@ from gftdata.shards import (
     write_atomic,
 )
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
-from gftdata.types import SELF, Prompt, Sampling, Seed, TokenIds
+from gftdata.types import SELF, Message, Prompt, Sampling, TokenIds
 
+ENDPOINT = "endpoint"  # the revision of a model that only an endpoint knows
 SGLANG_MARGIN = 7  # tokens of its context that SGLang does not give to prompt and response
 
 
@@ -50,7 +60,23 @@ class Phase:
     model: str
     count: int
     sampling: Sampling
-    engine: EngineConfig
+    engine: TeacherEngineConfig
+    template: str | None = None
+    system: str | None = None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether its model is behind an endpoint that takes and gives text, with a tokenizer of its own."""
+        return isinstance(self.engine, OpenaiConfig)
+
+    def messages(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The prompt as this source is asked it: with its own template and system message, if it has them."""
+        before, last = prompt.messages[:-1], prompt.messages[-1]
+        if self.system is not None:
+            before = (Message("system", self.system), *(m for m in before if m.role != "system"))
+        if self.template is not None:
+            last = Message(last.role, self.template.replace("{question}", prompt.question))
+        return (*before, last)
 
 
 class Plan(BaseModel):
@@ -72,6 +98,7 @@ class ShardPrompt:
 
     prompt: Prompt
     prompt_ids: TokenIds
+    earlier: Place | None  # where the data set that is extended has its group
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +138,8 @@ def preflight(config: GenerateConfig) -> Tokenizer:
     for phase in phases(config):
         check_engine(phase.engine)
     tokenizer = load_tokenizer(config.model)
+    if config.extend is not None:
+        check_extension(config, tokenizer_record(tokenizer), model_records(config))
     check_output(config, Path(config.out), tokenizer)
     return tokenizer
 
@@ -123,7 +152,7 @@ def phases(config: GenerateConfig) -> list[Phase]:
         return sampling.with_limit(responses.max_tokens)
 
     teachers = [
-        Phase(t.source, t.model, t.count, limit(t.sampling), t.engine or config.engine)
+        Phase(t.source, t.model, t.count, limit(t.sampling), t.engine or config.engine, t.template, t.system)
         for t in responses.teachers
         if t.model
     ]
@@ -147,7 +176,7 @@ def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Non
             "folder (out)"
         )
     for record in plan.models:
-        if (found := model_revision(record.name)) != record.revision:
+        if record.revision != ENDPOINT and (found := model_revision(record.name)) != record.revision:
             raise UserError(
                 f"{out}: was begun with {record.name} at revision {record.revision[:12]}, which is now {found[:12]}; "
                 "restore that model, or name another folder (out)"
@@ -168,7 +197,12 @@ def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Non
 def read_plan(out: Path) -> Plan | None:
     """The plan of an output that was created before."""
     path = out / WORK / "plan.json"
-    return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError(f"{out}: was begun by another version of gft; name another folder (out)") from None
 
 
 def source_sha256(config: GenerateConfig) -> str | None:
@@ -213,21 +247,16 @@ def sole_writer(out: Path) -> Iterator[None]:
 
 def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
     """Fix the prompts and their shards. The plan is written last: an output without one is created anew."""
-    models = tuple(
-        ModelRecord(role=role, name=name, revision=model_revision(name))
-        for role, name in [("reference", config.model), *((phase.source, phase.model) for phase in phases(config))]
-    )
     folder = out / WORK / "prompts"
     survey = Survey(config, tokenizer)
     num_shards = 0
-    prompts = survey.prompts()
-    while batch := list(islice(prompts, config.shards.groups_per_shard)):
-        text = "".join(f"{item.prompt_ids.tolist()}\t{prompt_to_json(item.prompt)}\n" for item in batch)
-        write_atomic(folder / f"{num_shards:05d}.jsonl", text)
-        num_shards += 1
+    with closing(survey.prompts()) as prompts:
+        while batch := list(islice(prompts, config.shards.groups_per_shard)):
+            write_atomic(folder / f"{num_shards:05d}.jsonl", "".join(f"{_to_line(item)}\n" for item in batch))
+            num_shards += 1
     plan = Plan(
         recipe=config.recipe(),
-        models=models,
+        models=model_records(config),
         tokenizer=tokenizer_record(tokenizer),
         source_sha256=source_sha256(config),
         prompts=survey.counts(),
@@ -237,47 +266,73 @@ def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Pl
     return plan
 
 
+def model_records(config: GenerateConfig) -> tuple[ModelRecord, ...]:
+    """Every model that takes part, with its revision; what an endpoint runs nobody can know."""
+    reference = ModelRecord(role="reference", name=config.model, revision=model_revision(config.model))
+    return reference, *(
+        ModelRecord(
+            role=phase.source,
+            name=phase.model,
+            revision=ENDPOINT if phase.takes_text else model_revision(phase.model),
+        )
+        for phase in phases(config)
+    )
+
+
+def _to_line(item: ShardPrompt) -> str:
+    return f"{item.prompt_ids.tolist()}\t{json.dumps(item.earlier)}\t{prompt_to_json(item.prompt)}"
+
+
+def _from_line(line: str) -> ShardPrompt:
+    ids, place, prompt = line.split("\t", 2)
+    earlier = None if (found := json.loads(place)) is None else Place(*found)
+    return ShardPrompt(prompt_from_json(prompt), np.asarray(json.loads(ids), dtype=np.int32), earlier)
+
+
 class Survey:
     """One pass over the prompt source: yields the prompts that fit and counts what does not."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._phases = [phase for phase in phases(config) if not phase.takes_text]
         self._readers = {config.model: tokenizer}  # every model that the prompts are put to
-        for phase in phases(config):
+        for phase in self._phases:
             if phase.model not in self._readers:
                 self._readers[phase.model] = load_tokenizer(phase.model)
-        self._sglang = any(isinstance(phase.engine, SglangConfig) for phase in phases(config))
+        self._sglang = any(isinstance(phase.engine, SglangConfig | ServerConfig) for phase in self._phases)
         self._longest = dict.fromkeys(self._readers, 0)
-        self._read = self._too_long = self._given_missing = self._given_too_long = 0
+        self._read = self._too_long = self._given_missing = self._given_left_out = 0
+        self._repeated = self._near = self._removed = self._contaminated = 0
         self.prompt_tokens = self.given_tokens = 0
 
-    def prompts(self) -> Iterator[ShardPrompt]:
+    def prompts(self) -> Generator[ShardPrompt]:
         """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
         config, limit = self._config, self._config.prompts.max_prompt_tokens
-        needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
         wanted = sum(config.responses.given_counts.values())
-        for prompt in read_prompts(config.prompts, grouping.given_columns(config), needs_ground_truth=needs_truth):
-            self._read += 1
-            ids = {model: self._encode(model, prompt) for model in self._readers}
-            length = len(ids[config.model])
-            if length > limit:
-                if config.prompts.on_too_long == "error":
-                    raise UserError(
-                        f"prompt {self._read} has {length} tokens, over prompts.max_prompt_tokens={limit}; raise it, "
-                        "or set prompts.on_too_long=skip to leave such prompts out"
-                    )
-                self._too_long += 1
-                continue
-            completions = grouping.given_completions(config.responses, prompt, self._tokenizer)
-            self._given_missing += wanted - len(prompt.given)
-            self._given_too_long += len(prompt.given) - len(completions)
-            self.given_tokens += sum(len(completion.response_ids) for completion in completions)
-            self.prompt_tokens += length
-            self._longest = {model: max(longest, len(ids[model])) for model, longest in self._longest.items()}
-            yield ShardPrompt(prompt, ids[config.model])
-        if self._read == self._too_long:
-            raise UserError(f"all {self._read} prompts are longer than prompts.max_prompt_tokens={limit}")
+        with open_places(config.extend) as places, closing(self._distinct()) as distinct:
+            for prompt in distinct:
+                ids = self._encode(config.model, prompt, prompt.messages)
+                if len(ids) > limit:
+                    if config.prompts.on_too_long == "error":
+                        raise UserError(
+                            f"prompt {self._read} has {len(ids)} tokens, over prompts.max_prompt_tokens={limit}; raise "
+                            "it, or set prompts.on_too_long=skip to leave such prompts out"
+                        )
+                    self._too_long += 1
+                    continue
+                completions = grouping.given_completions(config.responses, prompt, self._tokenizer)
+                self._given_missing += wanted - len(prompt.given)
+                self._given_left_out += len(prompt.given) - len(completions)
+                self.given_tokens += sum(len(completion.response_ids) for completion in completions)
+                self.prompt_tokens += len(ids)
+                self._longest[config.model] = max(self._longest[config.model], len(ids))
+                for phase in self._phases:
+                    if phase.source != SELF:
+                        length = len(self._encode(phase.model, prompt, phase.messages(prompt)))
+                        self._longest[phase.model] = max(self._longest[phase.model], length)
+                yield ShardPrompt(prompt, ids, places.find(prompt.prompt_id))
+        self._check_left()
         for model, longest in self._longest.items():
             context = context_length(model)
             needed = longest + config.responses.max_tokens + (SGLANG_MARGIN if self._sglang else 0)
@@ -289,9 +344,46 @@ class Survey:
                     + "; lower that, or prompts.max_prompt_tokens"
                 )
 
-    def _encode(self, model: str, prompt: Prompt) -> TokenIds:
+    def _distinct(self) -> Generator[Prompt]:
+        """The prompts of the source without those that an evaluation has, and without duplicates if so configured."""
+        config = self._config
+        needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
+        contamination = Contamination(chain.from_iterable(read_eval_texts(part) for part in config.decontaminate))
+        with ExitStack() as stack:
+            look = config.duplicates.near != "ignore"
+            near = stack.enter_context(NearDuplicates(config.duplicates.similarity)) if look else None
+            for prompt in read_prompts(config.prompts, grouping.given_origins(config), needs_ground_truth=needs_truth):
+                self._read += 1
+                text = asked_text(prompt)
+                if contamination.found_in(text):
+                    self._contaminated += 1
+                    continue
+                repeated = is_repeated(prompt)
+                similar = near is not None and not repeated and near.is_near(text)
+                self._repeated += repeated
+                self._near += similar
+                if (repeated and config.duplicates.exact == "remove") or (
+                    similar and config.duplicates.near == "remove"
+                ):
+                    self._removed += 1
+                    continue
+                yield prompt
+
+    def _check_left(self) -> None:
+        reasons = {
+            f"{self._too_long} are longer than prompts.max_prompt_tokens={self._config.prompts.max_prompt_tokens}": (
+                self._too_long
+            ),
+            f"{self._contaminated} share 8 words in a row with an evaluation set": self._contaminated,
+            f"{self._removed} are duplicates": self._removed,
+        }
+        if self.counts().prompts == 0:
+            said = ", ".join(reason for reason, count in reasons.items() if count)
+            raise UserError(f"no prompt is left of {self._read}: {said}")
+
+    def _encode(self, model: str, prompt: Prompt, messages: Sequence[Message]) -> TokenIds:
         try:
-            return encode_prompt(self._readers[model], prompt.messages)
+            return encode_prompt(self._readers[model], messages)
         except UserError as error:
             raise UserError(f"prompt {self._read}: {model}: {error}") from None
 
@@ -299,21 +391,21 @@ class Survey:
         """What became of the rows; complete when `prompts` has been exhausted."""
         return PromptCounts(
             rows_read=self._read,
-            prompts=self._read - self._too_long,
+            prompts=self._read - self._too_long - self._contaminated - self._removed,
             prompts_too_long=self._too_long,
+            duplicates=self._repeated,
+            near_duplicates=None if self._config.duplicates.near == "ignore" else self._near,
+            duplicates_removed=self._removed,
+            contaminated=self._contaminated,
             given_missing=self._given_missing,
-            given_too_long=self._given_too_long,
+            given_left_out=self._given_left_out,
         )
 
 
 def shard_prompts(out: Path, shard: int) -> list[ShardPrompt]:
     """The prompts of a shard, as they were when the output was created."""
     with (out / WORK / "prompts" / f"{shard:05d}.jsonl").open(encoding="utf-8") as lines:
-        parts = (line.partition("\t") for line in lines)
-        return [
-            ShardPrompt(prompt_from_json(prompt), np.asarray(json.loads(ids), dtype=np.int32))
-            for ids, _, prompt in parts
-        ]
+        return [_from_line(line) for line in lines]
 
 
 def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:
@@ -321,18 +413,20 @@ def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:
     return min(size, plan.prompts.prompts - shard * size)
 
 
-def sample_seed(run_seed: int, prompt_id: str, source: str, index: int) -> Seed:
-    """The seed of one sample: 63 bits of sha256 over what identifies it, so that it is the same in every run."""
-    digest = hashlib.sha256(f"{run_seed}\n{prompt_id}\n{source}\n{index}".encode()).digest()
-    return Seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def check_engine(config: EngineConfig) -> None:
+def check_engine(config: TeacherEngineConfig) -> None:
     """Find a mistake in the engine's settings before anything is written."""
     if isinstance(config, SglangConfig):
         from gftdata.engines.sglang import check_python
 
         check_python(config)
+    elif isinstance(config, ServerConfig):
+        from gftdata.engines.server import check_urls
+
+        check_urls(config)
+    elif isinstance(config, OpenaiConfig):
+        from gftdata.engines.endpoint import check_key
+
+        check_key(config)
     else:
         from gftdata.engines.hf import pick_device
 

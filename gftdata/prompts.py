@@ -6,7 +6,6 @@ Rows are streamed; what is wrong with one is said with its file, row number and 
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from gftdata.config import PromptsConfig
 from gftdata.errors import UserError, first_line
+from gftdata.quality import Occurrences
+from gftdata.reuse import reused_prompts
 from gftdata.types import EXPERT, GivenText, Message, Prompt
 
 Row = Mapping[str, Any]
@@ -24,33 +25,34 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """Stream the prompts of a source.
 
-    `given` maps a source (`expert`, `teacher:<name>`) to its column and the number of texts to take from it.
+    `given` maps a source (`expert`, `teacher:<name>`) to its column, or its source in a reused data set, and the number
+    of texts to take from it.
     Raises UserError for a missing file, a missing column, an empty source or a malformed row.
     """
-    where, rows = _open_rows(config)
-    seen: Counter[bytes] = Counter()
+    where, prompts = _open_prompts(config, given)
     empty = True
-    for number, row in enumerate(itertools.islice(rows, config.limit), start=1):
-        empty = False
-        prompt = _to_prompt(config, given, row, f"{where}: row {number}", where)
-        if prompt.ground_truth is None and needs_ground_truth and config.on_missing_ground_truth == "error":
-            column = config.columns.ground_truth
-            raise UserError(
-                f"{where}: row {number}: no ground truth "
-                + (f"in column `{column}`" if column else "(prompts.columns.ground_truth names no column)")
-                + ", which the reward needs; set prompts.on_missing_ground_truth=keep to leave its responses unjudged"
-            )
-        try:
-            prompt_to_json(prompt).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: row {number}: a text holds half of a surrogate pair, which is no character"
-            ) from None
-        digest = _digest(prompt)
-        seen[digest] += 1
-        yield _numbered(prompt, digest.hex(), seen[digest])
+    with Occurrences() as seen:
+        for number, prompt in enumerate(itertools.islice(prompts, config.limit), start=1):
+            empty = False
+            _check(config, prompt, f"{where}: row {number}", needs_ground_truth)
+            digest = _digest(prompt)
+            yield _numbered(prompt, digest.hex(), seen.count(digest))
     if empty:
         raise UserError(f"{where}: holds no prompts")
+
+
+def _check(config: PromptsConfig, prompt: Prompt, where: str, needs_ground_truth: bool) -> None:
+    if prompt.ground_truth is None and needs_ground_truth and config.on_missing_ground_truth == "error":
+        column = config.columns.ground_truth
+        raise UserError(
+            f"{where}: no ground truth "
+            + (f"in column `{column}`" if column else "(prompts.columns.ground_truth names no column)")
+            + ", which the reward needs; set prompts.on_missing_ground_truth=keep to leave its responses unjudged"
+        )
+    try:
+        prompt_to_json(prompt).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a text holds half of a surrogate pair, which is no character") from None
 
 
 def prompt_to_json(prompt: Prompt) -> str:
@@ -66,20 +68,46 @@ def prompt_from_json(line: str) -> Prompt:
     return Prompt(**data)
 
 
+def asked_text(prompt: Prompt) -> str:
+    """What a prompt asks, without system message and template: what duplicates and contamination are found by."""
+    return "\n".join([*(m.content for m in prompt.messages[:-1] if m.role != "system"), prompt.question])
+
+
+def is_repeated(prompt: Prompt) -> bool:
+    """Whether the same messages and ground truth came before in its source."""
+    return "-" in prompt.prompt_id
+
+
+def _open_prompts(config: PromptsConfig, given: Mapping[str, tuple[str, int]]) -> tuple[str, Iterator[Prompt]]:
+    if config.reuse is not None:
+        return config.reuse, reused_prompts(config.reuse, given)
+    where, rows = _open_rows(config)
+    return where, (
+        _to_prompt(config, given, row, f"{where}: row {number}", where) for number, row in enumerate(rows, start=1)
+    )
+
+
 def _open_rows(config: PromptsConfig) -> tuple[str, Iterator[Row]]:
     if config.path is not None:
-        path = Path(config.path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such prompt file (prompts.path)")
-        if path.suffix in (".jsonl", ".json", ".ndjson"):
-            return str(path), _jsonl_rows(path)
-        if path.suffix == ".parquet":
-            return str(path), _parquet_rows(path)
-        raise UserError(f"{path}: expected a .jsonl or .parquet file (prompts.path)")
+        return str(Path(config.path)), file_rows(Path(config.path), "prompts.path")
     if config.dataset is not None:
-        return config.dataset, _hub_rows(config)
+        return config.dataset, hub_rows(config.dataset, config.subset, config.split, "prompts.dataset")
     assert config.reasoning_gym is not None
     return f"reasoning_gym:{config.reasoning_gym.task}", _reasoning_gym_rows(config)
+
+
+def file_rows(path: Path, key: str) -> Iterator[Row]:
+    """The rows of a JSONL or Parquet file; `key` is the setting that names it.
+
+    Raises UserError for a missing file and another kind of file, and while reading for a damaged one.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file ({key})")
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    raise UserError(f"{path}: expected a .jsonl or .parquet file ({key})")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -108,13 +136,14 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not a Parquet file, or a damaged one: {first_line(error)}") from None
 
 
-def _hub_rows(config: PromptsConfig) -> Iterator[Row]:
+def hub_rows(dataset: str, subset: str | None, split: str, key: str) -> Iterator[Row]:
+    """The rows of a data set on the Hub, or of a folder that `datasets` loads. Raises UserError where there is none."""
     import datasets
 
     try:
-        data = datasets.load_dataset(config.dataset, config.subset, split=config.split)
+        data = datasets.load_dataset(dataset, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{config.dataset}: cannot load this data set (prompts.dataset): {first_line(error)}") from None
+        raise UserError(f"{dataset}: cannot load this data set ({key}): {first_line(error)}") from None
     return iter(data)
 
 
@@ -137,50 +166,53 @@ def _to_prompt(
     columns = config.columns
     truth_column = columns.ground_truth or ("answer" if config.reasoning_gym else None)
     extra_columns = (*columns.extra, *(["reasoning_gym"] if config.reasoning_gym else []))
-    truth = _cell(row, truth_column, where, "prompts.columns.ground_truth") if truth_column else None
-    source_id = _cell(row, columns.id, where, "prompts.columns.id") if columns.id else None
+    truth = cell(row, truth_column, where, "prompts.columns.ground_truth") if truth_column else None
+    source_id = cell(row, columns.id, where, "prompts.columns.id") if columns.id else None
     texts: list[GivenText] = []
     for source, (column, count) in given.items():
         key = "prompts.columns.expert" if source == EXPERT else "responses.teachers.column"
-        texts += [GivenText(source, text) for text in _texts(_cell(row, column, where, key), column, where)[:count]]
-    extra = {name: _cell(row, name, where, "prompts.columns.extra") for name in extra_columns}
+        texts += [GivenText(source, text) for text in _texts(cell(row, column, where, key), column, where)[:count]]
+    extra = {name: cell(row, name, where, "prompts.columns.extra") for name in extra_columns}
     try:
         extra_json = json.dumps(extra, ensure_ascii=False, sort_keys=True)
     except TypeError as error:
         raise UserError(f"{where}: extra columns must be JSON values: {error}") from None
+    messages, question = _messages(config, row, where)
     return Prompt(
         prompt_id="",
         source_id=None if source_id is None else str(source_id),
-        messages=_messages(config, row, where),
+        messages=messages,
         ground_truth=_scalar_text(truth, truth_column, where),
         data_source=config.data_source or (Path(origin).name if Path(origin).exists() else origin),
         given=tuple(texts),
         extra=extra_json,
+        question=question,
     )
 
 
-def _messages(config: PromptsConfig, row: Row, where: str) -> tuple[Message, ...]:
+def _messages(config: PromptsConfig, row: Row, where: str) -> tuple[tuple[Message, ...], str]:
+    """The prompt's messages, and its question as it was before the template."""
     system = () if config.system is None else (Message("system", config.system),)
     if config.columns.messages is None:
         column = config.columns.question or "question"
-        question = _cell(row, column, where, "prompts.columns.question")
+        question = cell(row, column, where, "prompts.columns.question")
         if not isinstance(question, str) or not question:
             raise UserError(f"{where}: column `{column}`: expected a question's text, found {question!r}")
         # not str.format: a question or template full of LaTeX has braces of its own
         text = question if config.template is None else config.template.replace("{question}", question)
-        return (*system, Message("user", text))
+        return (*system, Message("user", text)), question
     column = config.columns.messages
-    chat = _cell(row, column, where, "prompts.columns.messages")
+    chat = cell(row, column, where, "prompts.columns.messages")
     try:
         messages = tuple(Message(str(m["role"]), m["content"]) for m in chat)
     except (TypeError, KeyError):
         raise UserError(f"{where}: column `{column}`: expected a list of {{role, content}}, found {chat!r}") from None
     if not messages or messages[-1].role != "user" or not all(isinstance(m.content, str) for m in messages):
         raise UserError(f"{where}: column `{column}`: expected messages of text whose last one is the user's")
-    return (*system, *messages)
+    return (*system, *messages), messages[-1].content
 
 
-def _cell(row: Row, column: str, where: str, key: str) -> Any:
+def cell(row: Row, column: str, where: str, key: str) -> Any:
     """The value of a column; `a.b` also looks inside a struct."""
     if column in row:
         return row[column]

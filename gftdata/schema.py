@@ -159,6 +159,7 @@ def table_to_groups(table: pa.Table) -> Iterator[Group]:
             data_source=row["data_source"],
             given=(),
             extra=row["extra"],
+            question=row["prompt"][-1]["content"],
         )
         responses = tuple(_response(row, k) for k in range(len(row["responses"])))
         yield Group(prompt, np.asarray(row["prompt_ids"], dtype=np.int32), responses)

@@ -8,6 +8,7 @@ Nothing here knows how responses come about; `generate.py` does.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import uuid
@@ -29,6 +30,7 @@ from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_opt
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 MAX_ROW_GROUP_BYTES = 100 * 2**20
 RECORD = ConfigDict(frozen=True, extra="forbid")
+PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
 
 class ShardRecord(BaseModel):
@@ -72,8 +74,12 @@ class PromptCounts(BaseModel):
     rows_read: int
     prompts: int
     prompts_too_long: int
+    duplicates: int  # rows whose messages and ground truth came before
+    near_duplicates: int | None  # other rows with almost the words of an earlier one; None: not looked for
+    duplicates_removed: int  # of both kinds, left out
+    contaminated: int  # left out: they share 8 words in a row with a text of an evaluation set
     given_missing: int  # fewer given texts than the recipe asks for
-    given_too_long: int  # given texts over responses.max_tokens, left out
+    given_left_out: int  # given texts over responses.max_tokens, or with nothing but thinking
 
 
 class SourceSummary(BaseModel):
@@ -86,8 +92,14 @@ class SourceSummary(BaseModel):
     judged: int
     mean_reward: float | None  # over judged responses
     pass_rate: float | None  # share of judged responses with reward 1
+    finish_reasons: dict[str, int]  # those that occur -> responses
     mean_tokens: float
+    median_tokens: int  # exact: the shortest length that at least half of the responses do not exceed
+    p95_tokens: int  # and 95 %
+    max_tokens: int
     truncated: int  # cut by the length limit
+    identical: int  # word for word an earlier response of this source in the same group
+    groups_all_identical: int  # groups with at least 2 responses of this source, all of them the same
     mean_ref_logprob: float  # nats per token
 
 
@@ -102,6 +114,17 @@ class Summary(BaseModel):
     groups_without_signal: int  # all judged rewards equal
     groups_unjudged: int  # no response could be judged
     sources: tuple[SourceSummary, ...]
+
+
+class Derivation(BaseModel):
+    """One step from earlier data sets to this one."""
+
+    model_config = RECORD
+
+    by: str  # rejudge, rescore, merge, filter, split
+    settings: dict[str, Any]
+    sources: tuple[str, ...]  # sha256 of the manifests that were read
+    toolkit_version: str
 
 
 class Manifest(BaseModel):
@@ -122,6 +145,7 @@ class Manifest(BaseModel):
     teacher_samples_left_out: int  # drawn, but empty or over responses.max_tokens in this vocabulary
     summary: Summary
     shards: tuple[ShardRecord, ...]
+    derived: tuple[Derivation, ...] = ()  # oldest first; of a merge: its inputs', then itself
 
 
 FORMAT = "gft-groups"
@@ -211,6 +235,24 @@ def shard_record(out: Path, shard: int, num_shards: int) -> ShardRecord | None:
     return record
 
 
+def all_records(out: Path, num_shards: int) -> tuple[ShardRecord, ...]:
+    """The commit records of all shards, in order. Raises UserError where a shard is not there yet."""
+    records = [shard_record(out, shard, num_shards) for shard in range(num_shards)]
+    missing = [shard_name(i, num_shards) for i, record in enumerate(records) if record is None]
+    if missing:
+        raise UserError(f"{out}: {len(missing)} shards are not there yet, the first is {missing[0]}")
+    return tuple(record for record in records if record is not None)
+
+
+def toolkit_version() -> str:
+    return importlib.metadata.version("gft-toolkit")
+
+
+def package_versions() -> dict[str, str]:
+    """What a manifest says of the packages that made it."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -231,7 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder}: "
             + (
-                "an unfinished data set; run its `gft generate` again to finish it"
+                "an unfinished data set; give the command that makes it again, and it is finished"
                 if unfinished
                 else "no manifest.json"
             )

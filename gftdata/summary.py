@@ -1,68 +1,149 @@
-"""Shards -> their Summary, lazily, from the short columns only."""
+"""Shards -> their Summary, a few rows at a time: memory does not grow with the data set.
 
-import signal
-import threading
-from collections.abc import Sequence
+Of the long columns only the texts are read, to find responses that repeat one another.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from gftdata.shards import SourceSummary, Summary
 
-_COLUMNS = ["sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_means"]
+_COLUMNS = ["responses", "sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_means"]
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What has been counted of one source so far."""
+
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens -> responses
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    judged: int = 0
+    passed: int = 0
+    reward_sum: float = 0.0
+    ref_sum: float = 0.0  # nats, over all tokens
+    identical: int = 0
+    groups_all_identical: int = 0
 
 
 def summarise(paths: Sequence[Path]) -> Summary:
-    """Count groups, responses, verdicts and lengths over the given shards."""
-    import polars as pl
-
-    if threading.current_thread() is threading.main_thread():
-        # polars' handler of Ctrl-C lets waiting calls go on; the next thing that waits must be interruptible again
-        signal.siginterrupt(signal.SIGINT, True)
-    groups = pl.scan_parquet(list(paths)).select(_COLUMNS).with_row_index("group")
-    num_groups = groups.select(pl.len()).collect().item()
-    # what an empty list explodes to, a row of nulls or none, depends on polars' version
-    responses = groups.explode(_COLUMNS).filter(pl.col("sources").is_not_null())
-    by_group = responses.group_by("group").agg(
-        judged=pl.col("rewards").count(), lowest=pl.col("rewards").min(), highest=pl.col("rewards").max()
-    )
-    judged = pl.col("judged") > 0
-    totals = by_group.select(
-        without_signal=(judged & (pl.col("lowest") == pl.col("highest"))).sum(),
-        judged=judged.sum(),
-    ).collect()
-    by_source = (
-        responses.group_by("sources", maintain_order=True)
-        .agg(
-            responses=pl.len(),
-            judged=pl.col("rewards").count(),
-            mean_reward=pl.col("rewards").cast(pl.Float64).mean(),
-            pass_rate=(pl.col("rewards") == 1).cast(pl.Float64).mean(),
-            mean_tokens=pl.col("num_tokens").mean(),
-            truncated=(pl.col("finish_reasons") == "length").sum(),
-            tokens=pl.col("num_tokens").cast(pl.Int64).sum(),
-            ref_sum=(pl.col("ref_logprob_means").cast(pl.Float64) * pl.col("num_tokens")).sum(),
-        )
-        .collect()
-    )
-    rows = by_source.to_dicts()
+    """Count groups, responses, verdicts, lengths and repetitions over the given shards."""
+    tallies: dict[str, _Tally] = {}  # in the order in which the sources come
+    num_groups = without_signal = judged_groups = 0
+    for batch in _batches(paths):
+        sizes = pc.list_value_length(batch.column("sources")).to_numpy(zero_copy_only=False)
+        group_R = np.repeat(np.arange(len(sizes)), sizes)
+        rewards_R = _flat(batch, "rewards").fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float64)
+        judged, equal = _signals(rewards_R, group_R, len(sizes))
+        num_groups += len(sizes)
+        judged_groups += int(judged.sum())
+        without_signal += int((judged & equal).sum())
+        sources = _flat(batch, "sources").dictionary_encode()
+        for code, source in enumerate(sources.dictionary.to_pylist()):
+            mine_R = sources.indices.to_numpy() == code
+            _add(tallies.setdefault(source, _Tally()), batch, mine_R, group_R, rewards_R)
     return Summary(
         groups=num_groups,
-        responses=sum(row["responses"] for row in rows),
-        response_tokens=sum(row["tokens"] for row in rows),
-        groups_without_signal=totals["without_signal"][0],
-        groups_unjudged=num_groups - totals["judged"][0],
-        sources=tuple(_source(row) for row in rows),
+        responses=sum(tally.lengths.total() for tally in tallies.values()),
+        response_tokens=sum(_num_tokens(tally) for tally in tallies.values()),
+        groups_without_signal=without_signal,
+        groups_unjudged=num_groups - judged_groups,
+        sources=tuple(_source(source, tally) for source, tally in tallies.items()),
     )
 
 
-def _source(row: dict[str, Any]) -> SourceSummary:
+def _batches(paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_COLUMNS)
+
+
+def _flat(batch: pa.RecordBatch, column: str) -> pa.Array:
+    return batch.column(column).flatten()
+
+
+def _signals(
+    rewards_R: npt.NDArray[np.float64], group_R: npt.NDArray[np.int64], num_groups: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """For each group: whether a response was judged, and whether all judged rewards are equal."""
+    lowest, highest = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
+    known_R = ~np.isnan(rewards_R)
+    np.minimum.at(lowest, group_R[known_R], rewards_R[known_R])
+    np.maximum.at(highest, group_R[known_R], rewards_R[known_R])
+    return lowest <= highest, lowest == highest
+
+
+def _add(
+    tally: _Tally,
+    batch: pa.RecordBatch,
+    mine_R: npt.NDArray[np.bool_],
+    group_R: npt.NDArray[np.int64],
+    rewards_R: npt.NDArray[np.float64],
+) -> None:
+    """Count one source's responses in some groups."""
+    chosen = pa.array(mine_R)
+    tokens = _flat(batch, "num_tokens").filter(chosen).to_numpy().astype(np.int64)
+    means = _flat(batch, "ref_logprob_means").filter(chosen).to_numpy().astype(np.float64)
+    rewards = rewards_R[mine_R]
+    tally.lengths.update(_counted(pa.array(tokens)))
+    tally.finish_reasons.update(_counted(_flat(batch, "finish_reasons").filter(chosen)))
+    tally.judged += int((~np.isnan(rewards)).sum())
+    tally.passed += int((rewards == 1).sum())
+    tally.reward_sum += float(np.nansum(rewards))
+    tally.ref_sum += float((means * tokens).sum())
+    texts = _flat(batch, "responses").filter(chosen).dictionary_encode()
+    group = group_R[mine_R]
+    num_texts = len(texts.dictionary)
+    distinct = np.unique(group * num_texts + texts.indices.to_numpy())
+    responses_of_group = np.bincount(group)
+    texts_of_group = np.bincount(distinct // num_texts, minlength=len(responses_of_group))
+    tally.identical += len(group) - len(distinct)
+    tally.groups_all_identical += int(((responses_of_group > 1) & (texts_of_group == 1)).sum())
+
+
+def _counted(values: pa.Array) -> dict[Any, int]:
+    counted = values.value_counts()
+    return dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
+
+
+def _num_tokens(tally: _Tally) -> int:
+    return sum(length * count for length, count in tally.lengths.items())
+
+
+def _quantile(lengths: Counter[int], percent: int) -> int:
+    """The shortest length that at least so many per cent of the responses do not exceed."""
+    wanted, so_far = percent * lengths.total(), 0
+    for length in sorted(lengths):
+        so_far += lengths[length]
+        if 100 * so_far >= wanted:
+            break
+    return length
+
+
+def _source(source: str, tally: _Tally) -> SourceSummary:
+    responses, num_tokens = tally.lengths.total(), _num_tokens(tally)
     return SourceSummary(
-        source=row["sources"],
-        responses=row["responses"],
-        judged=row["judged"],
-        mean_reward=row["mean_reward"],
-        pass_rate=row["pass_rate"],
-        mean_tokens=row["mean_tokens"],
-        truncated=row["truncated"],
-        mean_ref_logprob=row["ref_sum"] / row["tokens"] if row["tokens"] else 0.0,
+        source=source,
+        responses=responses,
+        judged=tally.judged,
+        mean_reward=tally.reward_sum / tally.judged if tally.judged else None,
+        pass_rate=tally.passed / tally.judged if tally.judged else None,
+        finish_reasons=dict(sorted(tally.finish_reasons.items())),
+        mean_tokens=num_tokens / responses,
+        median_tokens=_quantile(tally.lengths, 50),
+        p95_tokens=_quantile(tally.lengths, 95),
+        max_tokens=max(tally.lengths),
+        truncated=tally.finish_reasons["length"],
+        identical=tally.identical,
+        groups_all_identical=tally.groups_all_identical,
+        mean_ref_logprob=tally.ref_sum / num_tokens if num_tokens else 0.0,
     )

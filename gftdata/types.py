@@ -34,6 +34,8 @@ class GivenText:
 
     source: str  # `expert` or `teacher:<name>`
     text: str
+    finish_reason: FinishReason = "given"  # of a reused response: what it was there
+    model: str = "data"  # of a reused response: who wrote it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Prompt:
     data_source: str
     given: tuple[GivenText, ...]
     extra: str  # JSON object: what the source carried along
+    question: str  # the last message before `prompts.template`: what a teacher's own template is filled with
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +68,20 @@ class SampleRequest:
 
     prompt_id: str
     index: int  # k: 0 .. count-1 within its source
-    prompt_ids: TokenIds  # [P], in the sampling model's own vocabulary
+    messages: tuple[Message, ...]
+    prompt_ids: TokenIds  # [P], in the sampling model's own vocabulary; empty for an endpoint that takes text
     seed: Seed
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A drawn response, as ids of the sampling model's vocabulary."""
+    """A drawn response, as ids of the sampling model's vocabulary; an endpoint that gives text leaves them empty."""
 
     request: SampleRequest
     text: str
     response_ids: TokenIds  # [T], end token included when it ended by itself
     behavior_logprobs: LogProbs  # [T], nats, temperature-scaled, before top-p
+    num_tokens: int  # T, as the sampling model counts; 0 where an endpoint does not say
     finish_reason: FinishReason
     seed: int | None  # None where the engine does not honour seeds
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gftdata.engines.hf import HfEngine, open_engine
 from gftdata.errors import UserError
 from gftdata.judging import Submit, open_judges
-from gftdata.prepare import sample_seed
+from gftdata.groups import sample_seed
 from gftdata.prompts import read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import check_writable, write_atomic
@@ -163,7 +163,7 @@ def _sample(
     """`count` samples of each prompt with their verdicts, in the prompts' order."""
     place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
     requests = (
-        SampleRequest(p.prompt_id, k, ids, sample_seed(config.seed, p.prompt_id, "eval", k))
+        SampleRequest(p.prompt_id, k, p.messages, ids, sample_seed(config.seed, p.prompt_id, "eval", k))
         for p in prompts
         for ids in [encode_prompt(engine.tokenizer, p.messages)]
         for k in range(count)

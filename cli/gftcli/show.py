@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
-    from gftdata.shards import Manifest, SourceSummary
+    from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import EvalResult
     from gfttrain.train import Prepared
@@ -61,8 +61,13 @@ def generation_plan(console: Console, config: "GenerateConfig", preview: "Previe
         console,
         {
             "prompts": f"{counts.prompts:,} of {counts.rows_read:,} rows; {counts.prompts_too_long:,} are too long",
+            "duplicates": _duplicates(counts),
+            "evaluation sets": f"{counts.contaminated:,} prompts share 8 words in a row with one, left out"
+            if config.decontaminate
+            else "none to keep prompts apart from (decontaminate)",
             "group": f"{responses.size} responses: {' + '.join(sources)}",
-            "given texts": f"{counts.given_missing:,} missing, {counts.given_too_long:,} too long, left out",
+            "given texts": f"{counts.given_missing:,} missing, "
+            f"{counts.given_left_out:,} left out (too long, or only thinking)",
             "tokens": f"{preview.prompt_tokens:,} of prompts, {preview.given_tokens:,} of given responses, "
             f"at most {preview.max_sampled_tokens:,} to sample in {preview.sampled_responses:,} responses",
             "starting model": config.model,
@@ -99,9 +104,11 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
     console.print()
     left_out = {
         "prompts too long": counts.prompts_too_long,
+        "duplicates": counts.duplicates_removed,
+        "prompts that share 8 words in a row with an evaluation set": counts.contaminated,
         "prompts that the engine gave up (quarantine.jsonl)": found.prompts_quarantined,
         "given texts missing": counts.given_missing,
-        "given texts too long": counts.given_too_long,
+        "given texts too long or empty": counts.given_left_out,
         "teacher samples empty or too long": found.teacher_samples_left_out,
         "groups that could not be judged": summary.groups_unjudged,
     }
@@ -110,6 +117,7 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
         {
             "groups": f"{summary.groups:,}",
             "without signal": f"{summary.groups_without_signal:,} (all rewards of the group are equal)",
+            "duplicates": _duplicates(counts),
             "left out": ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count) or "nothing",
             "response tokens": f"{summary.response_tokens:,}",
             "data set": f"{out} ({len(found.shards)} shards, {sum(s.bytes for s in found.shards) / 1e6:.1f} MB)",
@@ -124,11 +132,36 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
                 soft_wrap=True,
                 highlight=False,
             )
+        sampled = source.source != EXPERT and source.finish_reasons.get("given", 0) < source.responses
+        if sampled and 2 * source.groups_all_identical > summary.groups:
+            console.print(
+                f"note: in {source.groups_all_identical:,} of {summary.groups:,} groups all responses of "
+                f"{source.source} are the same text: a mistake in seeds or temperature is likely",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _duplicates(counts: "PromptCounts") -> str:
+    near = "almost: not looked for" if counts.near_duplicates is None else f"{counts.near_duplicates:,} almost"
+    return f"{counts.duplicates:,} rows came before word for word, {near}; {counts.duplicates_removed:,} left out"
 
 
 def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
     """One line for each source of responses."""
-    rows = table("source", "responses", "pass rate", "reward", "unjudged", "tokens", "truncated", "log-prob")
+    rows = table(
+        "source",
+        "responses",
+        "pass rate",
+        "reward",
+        "unjudged",
+        "tokens",
+        "median",
+        "p95",
+        "truncated",
+        "identical",
+        "log-prob",
+    )
     for source in found:
         rows.add_row(
             source.source,
@@ -137,7 +170,10 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
             decimal(source.mean_reward),
             f"{source.responses - source.judged:,}",
             decimal(source.mean_tokens, 1),
+            f"{source.median_tokens:,}",
+            f"{source.p95_tokens:,}",
             f"{source.truncated:,}",
+            f"{source.identical:,}",
             decimal(source.mean_ref_logprob),
         )
     console.print(rows)

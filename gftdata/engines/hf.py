@@ -163,7 +163,7 @@ class HfEngine:
             length, reason = self._end_of(ids_T, sampling)
             ids = ids_T[:length].copy()
             text = decode_response(self.tokenizer, ids)
-            yield Sample(request, text, ids, logprobs_T[:length].copy(), reason, int(request.seed))
+            yield Sample(request, text, ids, logprobs_T[:length].copy(), length, reason, int(request.seed))
 
     def _end_of(self, ids_T: TokenIds, sampling: Sampling) -> tuple[int, FinishReason]:
         """Where a row ended by itself: at its first end token or stop text. What follows is padding."""

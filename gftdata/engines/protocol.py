@@ -19,6 +19,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
 
 class Scorer(Protocol):
     """Gives log-probs of tokens that are already there."""
@@ -39,8 +43,4 @@ class Engine(Sampler, Scorer, Protocol):
     @property
     def version(self) -> str:
         """Name and version, as the manifest records them."""
-        ...
-
-    def close(self) -> None:
-        """Give back what it holds."""
         ...

@@ -19,20 +19,25 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from gftdata.config import SglangConfig
+from gftdata.engines.sglang_api import (
+    OtherTokensError,
+    failure_of,
+    prompt_number,
+    sampling_arguments,
+    scored,
+    scoring_arguments,
+    to_sample,
+)
 from gftdata.errors import UserError
-from gftdata.tokens import Tokenizer, decode_response
+from gftdata.tokens import Tokenizer
 from gftdata.types import (
-    FinishReason,
     LogProbs,
     Refusal,
     Sample,
@@ -86,6 +91,7 @@ class SglangEngine:
         self._next = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._up = False  # whether it takes requests
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # lines for the child; None is the end
         self._closed = threading.Event()
         self._gone: UserError | None = None  # why nothing will be answered any more
         self._started = ""  # SGLang's version, once it has been up
@@ -107,30 +113,18 @@ class SglangEngine:
 
     def sample(self, requests: Iterable[SampleRequest], sampling: Sampling) -> Iterator[Sample | Refusal]:
         """Draw one response for each request, in order of completion, `max_in_flight` at a time. See `Sampler`."""
-        shared = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_tokens,
-            "stop_token_ids": list(self.tokenizer.stop_ids),
-            "stop": list(sampling.stop) or None,
-            "no_stop_trim": True,
-            "skip_special_tokens": True,
-        }
 
         def arguments(request: SampleRequest) -> dict[str, Any]:
-            seed = {"sampling_seed": int(request.seed)} if self.honours_seeds else {}
-            return {
-                "input_ids": request.prompt_ids.tolist(),
-                "sampling_params": shared | seed,
-                "return_logprob": True,
-                **self._replica(request.prompt_ids),
-            }
+            asked = sampling_arguments(self.tokenizer, sampling, request, honours_seeds=self.honours_seeds)
+            return asked | self._replica(request.prompt_ids)
 
         for request, answer in self._stream(requests, arguments):
             if isinstance(answer, UserError):
                 yield Refusal(request, str(answer))
             else:
-                yield self._to_sample(request, answer)
+                with _supported():
+                    sample = to_sample(self.tokenizer, request, answer, honours_seeds=self.honours_seeds)
+                yield sample
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs | Unscored]:
         """log pi of given response tokens at temperature 1, by a prefill of prompt + response. See `Scorer`."""
@@ -139,16 +133,11 @@ class SglangEngine:
 
         def arguments(item: tuple[int, ScoreRequest]) -> dict[str, Any]:
             _, request = item
-            return {
-                "input_ids": [*request.prompt_ids.tolist(), *request.response_ids.tolist()],
-                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-                "return_logprob": True,
-                "logprob_start_len": len(request.prompt_ids) - 1,
-                **self._replica(request.prompt_ids),
-            }
+            return scoring_arguments(request) | self._replica(request.prompt_ids)
 
         for (i, request), answer in self._stream(numbered, arguments):
-            scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else _scored(request, answer)
+            with _supported():
+                scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else scored(request, answer)
         return scores
 
     def close(self) -> None:
@@ -157,11 +146,9 @@ class SglangEngine:
         self._give_up(UserError("engine sglang: it was closed"))
         with self._lock:
             process = self._process
+            self._outbox.put(None)
         if process is None:
             return
-        if process.stdin is not None:
-            with suppress(OSError):
-                process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         _kill_tree(process)
@@ -169,21 +156,8 @@ class SglangEngine:
             shutil.rmtree(self._log.parent, ignore_errors=True)
 
     def _replica(self, prompt_ids: TokenIds) -> dict[str, int]:
-        """A group's prompt is computed once only if all its requests go to the same replica."""
         replicas = int(self._options.get("dp_size", 1))
-        return {"routed_dp_rank": zlib.crc32(prompt_ids.tobytes()) % replicas} if replicas > 1 else {}
-
-    def _to_sample(self, request: SampleRequest, answer: dict[str, Any]) -> Sample:
-        ids = np.asarray(answer["output_ids"], dtype=np.int32)
-        pairs = answer["output_token_logprobs"]
-        if [int(token) for _, token in pairs] != ids.tolist():
-            raise UserError(
-                "engine sglang: log-probs of other tokens than the sampled ones; this version is not supported"
-            )
-        reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
-        logprobs = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
-        seed = int(request.seed) if self.honours_seeds else None
-        return Sample(request, decode_response(self.tokenizer, ids), ids, logprobs, reason, seed)
+        return {"routed_dp_rank": prompt_number(prompt_ids) % replicas} if replicas > 1 else {}
 
     def _stream(
         self, requests: Iterable[Request], arguments: Callable[[Request], dict[str, Any]]
@@ -235,14 +209,8 @@ class SglangEngine:
                 self._send(number, job)
 
     def _send(self, number: int, job: _Job) -> None:
-        process = self._process
-        if not self._up or process is None or process.stdin is None:
-            return  # sent when the engine is up
-        try:
-            process.stdin.write(json.dumps({"id": number, "arguments": job.arguments}).encode() + b"\n")
-            process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has died: the supervisor sees that and sends again
+        if self._up:  # otherwise it is sent when the engine is
+            self._outbox.put(json.dumps({"id": number, "arguments": job.arguments}).encode() + b"\n")
 
     def _supervise(self) -> None:
         """Whatever ends the supervision, nobody is left waiting."""
@@ -287,7 +255,9 @@ class SglangEngine:
             )
         os.close(writing)
         with self._lock:
-            self._process = process
+            self._process, self._outbox = process, queue.SimpleQueue()
+        writer = threading.Thread(target=_write_lines, args=(process, self._outbox), daemon=True)
+        writer.start()
         if self._closed.is_set():  # closed while it was being started
             _kill_tree(process)
         ready = answered = False
@@ -303,6 +273,8 @@ class SglangEngine:
                     answered = True
                     self._on_answer(message)
         _kill_tree(process)
+        self._outbox.put(None)
+        writer.join()
         if not self._started:
             raise EngineDied(f"did not start: {self._last_words()}")
         if ready:  # otherwise it is the start that failed, and no request is to blame
@@ -323,7 +295,7 @@ class SglangEngine:
             job = self._jobs.get(number)
             if job is None:
                 return
-            failure = message.get("error") or _failure(message["answer"])
+            failure = message.get("error") or failure_of(message["answer"])
             if failure and len(job.failures) + 1 < TRIES:
                 job.failures.append(failure)
                 self._send(number, job)
@@ -407,25 +379,12 @@ def check_python(config: SglangConfig) -> None:
         )
 
 
-def _failure(answer: dict[str, Any]) -> str | None:
-    """Why an answer is none. SGLang reports a NaN as an ordinary stop."""
-    reason = answer["finish_reason"]
-    if reason["type"] == "abort":
-        return f"aborted: {reason.get('message', 'no reason given')}"
-    if reason.get("matched") == "NaN happened":
-        return "the model gave a NaN"
-    return None
-
-
-def _scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs | Unscored:
-    """The log-probs of a scoring answer: one None, then exactly the response's tokens."""
-    first, *pairs = answer["input_token_logprobs"]
-    if first[0] is not None or [int(token) for _, token in pairs] != request.response_ids.tolist():
-        raise UserError("engine sglang: scored other tokens than the given ones; this version is not supported")
-    scores = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
-    if not np.isfinite(scores).all():
-        return Unscored("a log-prob is not finite")
-    return scores
+@contextmanager
+def _supported() -> Iterator[None]:
+    try:
+        yield
+    except OtherTokensError as error:
+        raise UserError(f"engine sglang: {error}; this version is not supported") from None
 
 
 def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
@@ -433,6 +392,16 @@ def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdin is not None:
-        with suppress(OSError):  # what was written last may have nobody to read it
-            process.stdin.close()
+
+
+def _write_lines(process: "subprocess.Popen[bytes]", lines: "queue.SimpleQueue[bytes | None]") -> None:
+    """Runs in a thread of its own, so that a pipe that is full holds up nobody who could empty it.
+
+    What a dead child has not taken is sent to the next one by the supervisor.
+    """
+    assert process.stdin is not None
+    with suppress(OSError), process.stdin as pipe:
+        while (line := lines.get()) is not None:
+            pipe.write(line)
+            if lines.empty():
+                pipe.flush()

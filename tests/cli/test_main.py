@@ -242,7 +242,7 @@ def test_prompt_over_the_limit_by_policy(gft: Gft, tmp_path: Path) -> None:
     assert manifest["prompts"]["prompts"] == 2
     assert manifest["prompts"]["prompts_too_long"] == 1
     short = write_config(tmp_path / "d.yaml", prompts__path="p.jsonl", prompts__max_prompt_tokens=2, out="other")
-    refused(gft, "generate", short, saying=("all 3 prompts",))
+    refused(gft, "generate", short, saying=("no prompt is left of 3",))
 
 
 def test_output_folder_of_something_else(gft: Gft, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_tokenizer_of_another_model_and_run_folder_of_something_else(gft: Gft, t
 def test_data_of_an_unfinished_or_missing_run(gft: Gft, tmp_path: Path) -> None:
     refused(gft, "train", write_train_config(tmp_path / "t.yaml", data="nowhere"), saying=("nowhere",))
     (tmp_path / "data" / ".work").mkdir(parents=True)
-    refused(gft, "train", write_train_config(tmp_path / "t.yaml"), saying=("unfinished", "gft generate"))
+    refused(gft, "train", write_train_config(tmp_path / "t.yaml"), saying=("unfinished", "the command that makes it"))
     refused(gft, "validate", "data", saying=("unfinished",))
 
 

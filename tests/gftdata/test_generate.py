@@ -19,8 +19,9 @@ import pytest
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
 from gftdata.generate import Event, generate
+from gftdata.groups import sample_seed
 from gftdata.journal import read_journal
-from gftdata.prepare import preview, sample_seed
+from gftdata.prepare import preview
 from gftdata.schema import table_to_groups
 from gftdata.shards import MANIFEST, WORK, Manifest, read_manifest, shard_paths, verify
 from gftdata.tokens import encode_response, load_tokenizer
@@ -587,7 +588,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompts": {"max_prompt_tokens": 8, "on_too_long": "error"}},
         "prompt 1 has 9 tokens, over prompts.max_prompt_tokens=8",
     ),
-    "all too long": ({"prompts": {"max_prompt_tokens": 8}}, "all 8 prompts are longer than"),
+    "all too long": ({"prompts": {"max_prompt_tokens": 8}}, "no prompt is left of 8: 8 are longer than"),
     "context": ({"responses": {"max_tokens": 120}}, "holds 128 tokens, but the longest prompt has 9"),
     "no template": ({"prompts": {"system": "1"}}, "no chat template"),
     "no device": ({"engine": {"device": "cuda:77"}}, "device `cuda:77` cannot be used"),
@@ -671,8 +672,12 @@ def test_prompts_too_long_are_skipped_and_counted(small: MakeConfig, write_jsonl
         "rows_read": 8,
         "prompts": 5,
         "prompts_too_long": 3,
+        "duplicates": 0,
+        "near_duplicates": 2,  # two of the long ones: the same words
+        "duplicates_removed": 0,
+        "contaminated": 0,
         "given_missing": 0,
-        "given_too_long": 0,
+        "given_left_out": 0,
     }
     assert verify(Path(config.out)) == []
     kept = [g.prompt.messages[0].content for g in groups_in(Path(config.out))]
@@ -688,7 +693,7 @@ def test_given_texts_that_lack_or_are_too_long_are_counted_and_never_cut(
         row["expert"] = expert
     config = small(prompts={"path": str(write_jsonl(data))}, responses={"max_tokens": 26})
     manifest = generate(config)
-    assert (manifest.prompts.given_missing, manifest.prompts.given_too_long) == (2, 1)
+    assert (manifest.prompts.given_missing, manifest.prompts.given_left_out) == (2, 1)
     found = [
         [r.completion.text for r in g.responses if r.completion.source == "expert"] for g in groups_in(Path(config.out))
     ]

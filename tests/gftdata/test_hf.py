@@ -41,7 +41,7 @@ def seed_of(*parts: object) -> Seed:
 
 def requests_for(engine: HfEngine, texts: Iterable[str], count: int) -> list[SampleRequest]:
     return [
-        SampleRequest(text, k, encode_prompt(engine.tokenizer, [Message("user", text)]), seed_of(text, k))
+        SampleRequest(text, k, (), encode_prompt(engine.tokenizer, [Message("user", text)]), seed_of(text, k))
         for text in texts
         for k in range(count)
     ]
@@ -91,7 +91,7 @@ def list_keys(requests: Sequence[SampleRequest]) -> list[tuple[str, int]]:
 
 def test_another_seed_is_another_sample(demo_engine: HfEngine) -> None:
     requests = [
-        SampleRequest("p", k, encode_prompt(demo_engine.tokenizer, [Message("user", "65+29+72=")]), Seed(seed))
+        SampleRequest("p", k, (), encode_prompt(demo_engine.tokenizer, [Message("user", "65+29+72=")]), Seed(seed))
         for k, seed in enumerate([5, 5, 6, 2**63 - 1])
     ]
     drawn = draw(demo_engine, requests, temperature=3.0)

@@ -136,8 +136,8 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path: Path) -> None:
 
 
 def test_a_sample_becomes_the_entry_of_its_place() -> None:
-    request = SampleRequest("p", 2, np.array([5], np.int32), Seed(2**62))
-    sample = Sample(request, "t", np.array([1], np.int32), np.array([-0.5], np.float32), "length", seed=2**62)
+    request = SampleRequest("p", 2, (), np.array([5], np.int32), Seed(2**62))
+    sample = Sample(request, "t", np.array([1], np.int32), np.array([-0.5], np.float32), 1, "length", seed=2**62)
     made = entry_of(sample, "self", 4, "m@1")
     assert made.key == ("self", 4, 2)
     assert (made.text, made.finish_reason, made.seed, made.model) == ("t", "length", 2**62, "m@1")

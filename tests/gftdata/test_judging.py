@@ -66,7 +66,7 @@ def reward(prompt, text):
 
 
 def prompt(ground_truth: str | None = None) -> Prompt:
-    return Prompt("id", None, (Message("user", "How many?"),), ground_truth, "test", (), "{}")
+    return Prompt("id", None, (Message("user", "How many?"),), ground_truth, "test", (), "{}", "How many?")
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_no_worker_outlives_a_killed_parent(name: str, work: str, tmp_path: Path
         from gftdata.judging import judge_pool
         from gftdata.types import Prompt
         if __name__ == "__main__":
-            asked = Prompt("id", None, (), None, "test", (), "{{}}")
+            asked = Prompt("id", None, (), None, "test", (), "{{}}", "")
             with judge_pool({name!r}, timeout_s=2.0, workers=1, memory_gb=2.0) as submit:
                 print(int(submit(asked, "pid").result().reward), flush=True)
                 submit(asked, {work!r})

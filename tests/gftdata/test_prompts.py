@@ -380,6 +380,7 @@ def test_a_prompt_survives_its_line_of_json(demo: Path) -> None:
         "src",
         (GivenText("expert", "a\r\nb"), GivenText("teacher:t", "")),
         '{"a": [1, null]}',
+        "é",
     )
     given = {"expert": ("expert", 1)}
     prompts = read(demo / "train.jsonl", columns={"ground_truth": "answer"}, given=given)

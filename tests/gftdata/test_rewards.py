@@ -23,7 +23,7 @@ WRONG = Verdict(0.0, "ok")
 
 
 def prompt(ground_truth: str | None, question: str = "How many?", extra: str = "{}") -> Prompt:
-    return Prompt("id", None, (Message("user", question),), ground_truth, "test", (), extra)
+    return Prompt("id", None, (Message("user", question),), ground_truth, "test", (), extra, question)
 
 
 NUMBERS: list[tuple[str, str | None]] = [

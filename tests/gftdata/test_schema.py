@@ -59,7 +59,9 @@ def random_group(rng: np.random.Generator, number: int) -> Group:
         return None if rng.random() < 0.3 else TEXTS[rng.integers(len(TEXTS))]
 
     messages = tuple(Message(r, TEXTS[rng.integers(len(TEXTS))]) for r in ("system", "user")[rng.integers(2) :])
-    prompt = Prompt(f"id{number}", text_or_none(), messages, text_or_none(), "src", (), json.dumps({"n": number}))
+    question = messages[-1].content
+    extra = json.dumps({"n": number})
+    prompt = Prompt(f"id{number}", text_or_none(), messages, text_or_none(), "src", (), extra, question)
     responses = tuple(random_response(rng) for _ in range(rng.integers(0, 7)))
     return Group(prompt, rng.integers(0, 2**31 - 1, rng.integers(1, 9)).astype(np.int32), responses)
 

@@ -20,7 +20,7 @@ from gftdata.errors import UserError
 from gftdata.generate import Event, generate
 from gftdata.shards import verify
 from gftdata.tokens import Tokenizer, load_tokenizer
-from gftdata.types import Refusal, Sample, SampleRequest, Sampling, Seed
+from gftdata.types import Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Seed, Unscored
 
 FAKE = Path(__file__).parent / "aid" / "fake_sglang_worker.py"
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=8, stop=())
@@ -50,7 +50,7 @@ def open_fake(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def requests(*last_ids: int) -> list[SampleRequest]:
-    return [SampleRequest(f"p{i}", 0, np.array([2, i], np.int32), Seed(i)) for i in last_ids]
+    return [SampleRequest(f"p{i}", 0, (), np.array([2, i], np.int32), Seed(i)) for i in last_ids]
 
 
 def answered(engine: sglang.SglangEngine, *last_ids: int) -> tuple[Counter[str], dict[str, str]]:
@@ -334,3 +334,13 @@ def test_ctrl_c_ends_a_run_that_waits_for_its_engine(demo: Path, tmp_path: Path)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in error
+
+
+@pytest.mark.timeout(60)
+def test_long_requests_and_long_answers_do_not_wait_for_each_other(open_fake: Open) -> None:
+    """More than a pipe holds, in both directions, to a child that does one thing at a time."""
+    engine = open_fake(max_in_flight=30)
+    long = np.arange(2, 5002, dtype=np.int32)
+    wanted = [ScoreRequest(np.array([2, n], np.int32), long) for n in range(30)]
+    scores = engine.score(wanted)
+    assert [len(score) for score in scores if not isinstance(score, Unscored)] == [5000] * 30

@@ -54,7 +54,7 @@ def group(number: int) -> Group:
             -rng.exponential(size=length).astype(np.float32),
         )
 
-    prompt = Prompt(f"p{number}", None, (Message("user", "q"),), "1", "s", (), "{}")
+    prompt = Prompt(f"p{number}", None, (Message("user", "q"),), "1", "s", (), "{}", "q")
     return Group(
         prompt, np.arange(1 + number % 4, dtype=np.int32), tuple(response(k) for k in range(rng.integers(0, 5)))
     )
@@ -85,8 +85,12 @@ def manifest_of(out: Path, prompts: int | None = None) -> Manifest:
                 "rows_read": count,
                 "prompts": count,
                 "prompts_too_long": 0,
+                "duplicates": 0,
+                "near_duplicates": None,
+                "duplicates_removed": 0,
+                "contaminated": 0,
                 "given_missing": 0,
-                "given_too_long": 0,
+                "given_left_out": 0,
             },
             "prompts_quarantined": 0,
             "teacher_samples_left_out": 0,

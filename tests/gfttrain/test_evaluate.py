@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from gftdata.config import validate_config
 from gftdata.engines.hf import open_engine
 from gftdata.errors import UserError
-from gftdata.prepare import sample_seed
+from gftdata.groups import sample_seed
 from gftdata.prompts import read_prompts
 from gftdata.rewards import judge
 from gftdata.tokens import encode_prompt, load_tokenizer
@@ -113,7 +113,7 @@ def test_agrees_with_sampling_and_judging_again(result: tuple[EvalResult, list[E
     prompts = {prompt.prompt_id: prompt for prompt in prompts_of(config)}
     assert len(prompts) == PROMPTS
     requests = [
-        SampleRequest(p.prompt_id, k, encode_prompt(tokenizer, p.messages), sample_seed(0, p.prompt_id, "eval", k))
+        SampleRequest(p.prompt_id, k, (), encode_prompt(tokenizer, p.messages), sample_seed(0, p.prompt_id, "eval", k))
         for p in prompts.values()
         for k in range(SAMPLES)
     ]
@@ -158,7 +158,7 @@ def test_kl_to_another_model_is_the_mean_over_tokens(tmp_path: Path) -> None:
     engine = open_engine(str(MODEL), config.engine, tokenizer)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
     requests = [
-        SampleRequest(p.prompt_id, k, encode_prompt(tokenizer, p.messages), sample_seed(7, p.prompt_id, "", k))
+        SampleRequest(p.prompt_id, k, (), encode_prompt(tokenizer, p.messages), sample_seed(7, p.prompt_id, "", k))
         for p in prompts_of(config)
         for k in range(32)
     ]
@@ -261,7 +261,7 @@ def test_unjudged_samples_are_left_out_and_counted(own_rewards: ModuleType) -> N
     for prompt in prompts_of(config):
         ids = encode_prompt(tokenizer, prompt.messages)
         requests = [
-            SampleRequest(prompt.prompt_id, k, ids, sample_seed(0, prompt.prompt_id, "eval", k)) for k in range(6)
+            SampleRequest(prompt.prompt_id, k, (), ids, sample_seed(0, prompt.prompt_id, "eval", k)) for k in range(6)
         ]
         drawn = engine.sample(requests, config.sampling.with_limit(48))
         rewards = [r for r in (own_rewards.sometimes(prompt, s.text) for s in drawn) if r is not None]

@@ -58,7 +58,7 @@ def engine(demo: Path, engine_settings: dict[str, Any]) -> Iterator[SglangEngine
 def requests(engine: SglangEngine, count: int) -> list[SampleRequest]:
     questions = ["12+34+56=", "99+11+22=", "45+45+45=", "57-23="]
     return [
-        SampleRequest(question, k, encode_prompt(engine.tokenizer, [Message("user", question)]), Seed(k))
+        SampleRequest(question, k, (), encode_prompt(engine.tokenizer, [Message("user", question)]), Seed(k))
         for question in questions
         for k in range(count)
     ]

@@ -1,0 +1,90 @@
+"""What `gft generate` itself takes, the engine apart: memory for any number of prompts, Python time for a sample.
+
+    python benchmarks/own_cost.py            # 1,000 and 100,000 prompts of 1 expert and 2 self responses; minutes
+
+Each size runs in a process of its own against a fake engine that answers at once. Memory is the peak resident size of
+our process; time is the processor time of all its threads (user and system), so that nobody's waiting counts. Engine
+and judges are other processes. The groups hold long texts on request (--tokens).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(num_prompts: int, response_tokens: int) -> dict[str, float]:
+    """One generation in this process."""
+    import gftdata.engines.sglang as sglang
+    from gftdata.config import GenerateConfig, validate_config
+    from gftdata.generate import Event, generate
+    from gftdata.shards import verify
+
+    sglang.WORKER = Path(__file__).with_name("fake_engine.py")
+    sglang.check_python = lambda config: None
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        with prompts.open("w") as file:
+            for n in range(num_prompts):
+                question = f"{n // 8100 % 90 + 10}+{n // 90 % 90 + 10}+{n % 90 + 10}="
+                file.write(json.dumps({"question": question, "answer": str(n), "expert": f"={n}"}) + "\n")
+        config = {
+            "model": str(ROOT / "samples" / "demo" / "model"),
+            "out": str(Path(folder) / "data"),
+            "prompts": {"path": str(prompts), "columns": {"ground_truth": "answer", "expert": "expert"}},
+            "reward": {"name": "exact"},
+            "responses": {"self": {"count": 2}, "max_tokens": response_tokens},
+            "engine": {"name": "sglang", "options": {"response_tokens": response_tokens}},
+        }
+        up: list[float] = []
+
+        def listen(event: Event) -> None:
+            if event.kind == "phase":
+                up.append(time.process_time())
+
+        settings = validate_config(GenerateConfig, config, "benchmark")
+        manifest = generate(settings, listen)
+        worked = time.process_time() - up[0]
+        problems = [] if num_prompts > 10_000 else verify(Path(settings.out))
+    assert not problems, problems
+    samples = sum(source.responses for source in manifest.summary.sources if source.source == "self")
+    assert samples == 2 * num_prompts == 2 * manifest.summary.groups
+    return {
+        "prompts": num_prompts,
+        "samples": samples,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "ms_per_sample": 1000 * worked / samples,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 100_000])
+    parser.add_argument("--tokens", type=int, default=32, help="of each sample")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.tokens)))
+        return
+    rows = []
+    for number in options.prompts:
+        command = [sys.executable, __file__, "--one", str(number), "--tokens", str(options.tokens)]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{'prompts':>9} {'samples':>9} {'peak memory':>12} {'ratio':>6} {'Python time a sample':>21}")
+    for row in rows:
+        ratio = row["peak_mb"] / rows[0]["peak_mb"]
+        print(
+            f"{row['prompts']:>9,} {row['samples']:>9,} {row['peak_mb']:>9,.0f} MB {ratio:>6.3f} "
+            f"{row['ms_per_sample']:>18.3f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What SGLang is asked and how its answers are read: the same for the offline engine and for a server.
+
+An answer is what `reduced` in sglang_worker.py leaves of a result: ids, [log-prob, id] pairs, how it ended. Whether a
+bad answer is asked for again is the engines' own affair.
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from gftdata.tokens import Tokenizer, decode_response
+from gftdata.types import (
+    FinishReason,
+    LogProbs,
+    Sample,
+    SampleRequest,
+    Sampling,
+    ScoreRequest,
+    TokenIds,
+    Unscored,
+)
+
+
+class OtherTokensError(Exception):
+    """An answer that speaks of other tokens than it should."""
+
+
+def sampling_arguments(
+    tokenizer: Tokenizer, sampling: Sampling, request: SampleRequest, *, honours_seeds: bool
+) -> dict[str, Any]:
+    """The arguments of `generate` for one sample; a seed goes along only where the engine honours it."""
+    parameters = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(tokenizer.stop_ids),
+        "stop": list(sampling.stop) or None,
+        "no_stop_trim": True,
+        "skip_special_tokens": True,
+    }
+    seed = {"sampling_seed": int(request.seed)} if honours_seeds else {}
+    return {
+        "input_ids": request.prompt_ids.tolist(),
+        "sampling_params": parameters | seed,
+        "return_logprob": True,
+    }
+
+
+def scoring_arguments(request: ScoreRequest) -> dict[str, Any]:
+    """The arguments of `generate` for the log-probs of given tokens: a prefill of prompt + response."""
+    return {
+        "input_ids": [*request.prompt_ids.tolist(), *request.response_ids.tolist()],
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": len(request.prompt_ids) - 1,
+    }
+
+
+def prompt_number(prompt_ids: TokenIds) -> int:
+    """A group's prompt is computed once only if all its requests go to the same replica: this number says which."""
+    return zlib.crc32(prompt_ids.tobytes())
+
+
+def failure_of(answer: dict[str, Any]) -> str | None:
+    """Why an answer is none. SGLang reports a NaN as an ordinary stop."""
+    reason = answer["finish_reason"]
+    if reason["type"] == "abort":
+        return f"aborted: {reason.get('message', 'no reason given')}"
+    if reason.get("matched") == "NaN happened":
+        return "the model gave a NaN"
+    return None
+
+
+def to_sample(tokenizer: Tokenizer, request: SampleRequest, answer: dict[str, Any], *, honours_seeds: bool) -> Sample:
+    """Raises OtherTokensError where the log-probs are not those of the sampled ids."""
+    ids = np.asarray(answer["output_ids"], dtype=np.int32)
+    pairs = answer["output_token_logprobs"]
+    if [int(token) for _, token in pairs] != ids.tolist():
+        raise OtherTokensError("log-probs of other tokens than the sampled ones")
+    reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
+    logprobs = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+    seed = int(request.seed) if honours_seeds else None
+    return Sample(request, decode_response(tokenizer, ids), ids, logprobs, len(ids), reason, seed)
+
+
+def scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs | Unscored:
+    """The log-probs of a scoring answer: one None, then exactly the response's tokens, or OtherTokensError."""
+    first, *pairs = answer["input_token_logprobs"]
+    if first[0] is not None or [int(token) for _, token in pairs] != request.response_ids.tolist():
+        raise OtherTokensError("scored other tokens than the given ones")
+    scores = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+    if not np.isfinite(scores).all():
+        return Unscored("a log-prob is not finite")
+    return scores

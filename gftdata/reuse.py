@@ -1,0 +1,97 @@
+"""An earlier data set of response groups as a source of prompts, with the responses that it holds.
+
+What is taken is text: it is tokenised, judged and scored again for the model at hand, so that another base model, or
+the next round of the same one, can be trained on groups that exist.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gftdata.errors import UserError, first_line
+from gftdata.schema import check_schema
+from gftdata.shards import DATA, MANIFEST, read_manifest
+from gftdata.types import GivenText, Message, Prompt
+
+COLUMNS = (
+    "prompt_id",
+    "source_id",
+    "prompt",
+    "ground_truth",
+    "data_source",
+    "responses",
+    "sources",
+    "finish_reasons",
+    "models",
+    "extra",
+)
+
+
+def find_data(name: str) -> Path:
+    """The folder of a data set: `name` itself, or the snapshot of the Hub data set of that name.
+
+    Raises UserError where there is neither; with HF_HUB_OFFLINE=1 the snapshot must have been downloaded before.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such data set folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[MANIFEST, f"{DATA}/*.parquet"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{name}: no such folder, and the Hub has not given it: {first_line(error)}") from None
+
+
+def reused_prompts(name: str, given: Mapping[str, tuple[str, int]]) -> Iterator[Prompt]:
+    """Stream the prompts of a data set with the texts that `given` asks for: source -> (source there, count).
+
+    Raises UserError for a missing or unfinished data set, and for a source that it does not hold.
+    """
+    folder = find_data(name)
+    manifest = read_manifest(folder)
+    there = [source.source for source in manifest.summary.sources]
+    for source, (origin, _) in given.items():
+        if origin not in there:
+            raise UserError(f"{name}: holds no responses of `{origin}` (for {source}); it has: {', '.join(there)}")
+    for record in manifest.shards:
+        for row in _rows(folder / DATA / record.name):
+            yield _to_prompt(row, given)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            check_schema(file.schema_arrow, str(path))
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: cannot be read: {first_line(error)}; `gft validate` lists all that is wrong"
+        ) from None
+
+
+def _to_prompt(row: Mapping[str, Any], given: Mapping[str, tuple[str, int]]) -> Prompt:
+    texts: list[GivenText] = []
+    for source, (origin, count) in given.items():
+        of_origin = [k for k, name in enumerate(row["sources"]) if name == origin and row["responses"][k]]
+        texts += [
+            GivenText(source, row["responses"][k], row["finish_reasons"][k], row["models"][k])
+            for k in of_origin[:count]
+        ]
+    messages = tuple(Message(**message) for message in row["prompt"])
+    return Prompt(
+        prompt_id="",
+        source_id=row["source_id"],
+        messages=messages,
+        ground_truth=row["ground_truth"],
+        data_source=row["data_source"],
+        given=tuple(texts),
+        extra=row["extra"],
+        question=messages[-1].content,
+    )

@@ -402,6 +402,17 @@ def load_config(
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    return load_settings(kind, data, str(path), overrides, values)
+
+
+def load_settings(
+    kind: type[Config],
+    data: dict[str, Any],
+    where: str,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """As `load_config`, for settings that are in no file; `data` is changed."""
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -412,7 +423,7 @@ def load_config(
             raise UserError(f"--set {override}: the value is not valid YAML") from None
     for key, value in (values or {}).items():
         _put(data, key, value)
-    return validate_config(kind, data, str(path))
+    return validate_config(kind, data, where)
 
 
 def validate_config(kind: type[Config], data: Mapping[str, Any], where: str) -> Config:

@@ -4,7 +4,6 @@ Read it downward: `generate` is the pipeline, what follows are its steps in orde
 `prepare.py`.
 """
 
-import importlib.metadata
 import json
 import shutil
 from collections import Counter, deque
@@ -43,10 +42,12 @@ from gftdata.shards import (
     MANIFEST,
     WORK,
     Manifest,
+    all_records,
+    package_versions,
     publish_shard,
     read_manifest,
-    shard_name,
     shard_record,
+    toolkit_version,
     write_atomic,
     write_manifest,
 )
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
 QUARANTINE = "quarantine"
 NO_IDS = np.empty(0, np.int32)
 MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
-PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,11 +404,7 @@ def judge_and_score(
 
 def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
     """Gather the commit records and mark the data set final."""
-    records = [shard_record(out, shard, plan.num_shards) for shard in range(plan.num_shards)]
-    missing = [shard_name(i, plan.num_shards) for i, record in enumerate(records) if record is None]
-    if missing:
-        raise UserError(f"{out}: {len(missing)} shards are not there yet, the first is {missing[0]}")
-    complete = tuple(record for record in records if record is not None)
+    complete = all_records(out, plan.num_shards)
     paths = [out / DATA / record.name for record in complete]
     summary = summarise(paths)
     refused = sorted(quarantined(out))
@@ -421,12 +417,12 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
     manifest = Manifest(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
-        toolkit_version=importlib.metadata.version("gft-toolkit"),
+        toolkit_version=toolkit_version(),
         recipe=shareable(plan.recipe),
         models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
         tokenizer=plan.tokenizer,
         engine=(out / WORK / "engine").read_text(),
-        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        packages=package_versions(),
         prompts=plan.prompts,
         prompts_quarantined=len(refused),
         teacher_samples_left_out=expected - found,

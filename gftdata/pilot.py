@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gftdata.config import GenerateConfig
+from gftdata.errors import UserError
 from gftdata.generate import Event, Listener, generate
 from gftdata.prepare import Preview
 from gftdata.shards import Summary
@@ -30,6 +31,8 @@ def run_pilot(
 
     The rate is that of so few prompts: an engine that holds more requests than these at a time will be faster.
     """
+    if config.extend is not None:
+        raise UserError("a pilot measures a recipe from nothing: leave `extend` out for it (--set extend=null)")
     spans: list[tuple[float, float]] = []  # of each phase: when its engine was up, when the last thing happened
 
     def listen(event: Event) -> None:

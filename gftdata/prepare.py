@@ -28,7 +28,7 @@ from gftdata.config import (
     recipe_differences,
 )
 from gftdata.errors import UserError
-from gftdata.extend import Place, check_extension, open_places
+from gftdata.extend import Place, carried_keys, check_extension, open_places
 from gftdata.models import context_length, model_revision
 from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to_json, read_prompts
 from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
@@ -110,7 +110,8 @@ class Preview:
     shards_published: int
     prompt_tokens: int  # of all prompts together
     given_tokens: int  # of expert demonstrations and given teacher responses
-    sampled_responses: int
+    sampled_responses: int  # to be drawn
+    carried_samples: int  # that the extended data set has already
     max_sampled_tokens: int  # if every sample ran to responses.max_tokens
 
 
@@ -118,9 +119,14 @@ def preview(config: GenerateConfig) -> Preview:
     """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
     out, tokenizer = Path(config.out), preflight(config)
     survey = Survey(config, tokenizer)
-    num_prompts = sum(1 for _ in survey.prompts())
+    wanted = {phase.source: phase.count for phase in phases(config)}
+    num_prompts = carried = 0
+    with closing(survey.prompts()) as prompts:
+        while batch := list(islice(prompts, config.shards.groups_per_shard)):
+            num_prompts += len(batch)
+            carried += sum(k < wanted.get(source, 0) for source, _, k in carried_keys(config, batch))
     num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
-    sampled = num_prompts * sum(phase.count for phase in phases(config))
+    sampled = num_prompts * sum(wanted.values()) - carried
     return Preview(
         prompts=survey.counts(),
         num_shards=num_shards,
@@ -128,6 +134,7 @@ def preview(config: GenerateConfig) -> Preview:
         prompt_tokens=survey.prompt_tokens,
         given_tokens=survey.given_tokens,
         sampled_responses=sampled,
+        carried_samples=carried,
         max_sampled_tokens=sampled * config.responses.max_tokens,
     )
 
@@ -232,7 +239,7 @@ def sole_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{out}: another gft generate is writing to it; wait, or name another folder") from None
+            raise UserError(f"{out}: another gft command is writing to it; wait, or name another folder") from None
         try:
             yield
         except BaseException:

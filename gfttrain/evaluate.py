@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from gftdata.engines.hf import HfEngine, open_engine
 from gftdata.errors import UserError
-from gftdata.judging import Submit, open_judges
 from gftdata.groups import sample_seed
+from gftdata.judging import Submit, open_judges
 from gftdata.prompts import read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import check_writable, write_atomic

@@ -6,11 +6,16 @@ Those are imported inside the commands, so that `gft --help` is instant and need
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from gftdata.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gftdata.derive import Job
 
 app = typer.Typer(
     name="gft",
@@ -28,6 +33,11 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 Out = Annotated[str | None, typer.Option("--out", help="Overrides `out` of the config.")]
 Model = Annotated[str | None, typer.Option("--model", help="Overrides `model` of the config.")]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of a finished data set; it is only read.")]
+New = Annotated[Path, typer.Option("--out", metavar="NEW", help="Folder of the new data set.")]
+GroupsPerShard = Annotated[
+    int | None, typer.Option("--groups-per-shard", min=1, help="Of the new data set; default: as in DATA's recipe.")
+]
 
 
 @app.command()
@@ -90,6 +100,104 @@ def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder o
         raise typer.Exit(1)
     rows = sum(record.rows for record in manifest.shards)
     console.print(f"{data}: whole: {rows:,} groups in {len(manifest.shards)} shards", soft_wrap=True)
+
+
+@app.command()
+def rejudge(
+    data: Data,
+    out: New,
+    reward: Annotated[str, typer.Option("--reward", metavar="NAME", help="As `reward.name` of `gft generate`.")],
+    set_: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a data set anew with the rewards of another function. Stopped, the same command continues."""
+    from gftdata.config import load_settings
+    from gftdata.derive import RejudgeConfig, plan_rejudge
+
+    settings = load_settings(RejudgeConfig, {}, "gft rejudge", set_ or [], {"reward.name": reward})
+    _derive([plan_rejudge(data, out, settings)], dry_run)
+
+
+@app.command()
+def rescore(
+    data: Data,
+    out: New,
+    model: Annotated[str, typer.Option("--model", help="The new reference model: folder or Hub id.")],
+    set_: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a data set anew with the reference log-probs of another model. Stopped, the same command continues."""
+    from gftdata.config import load_settings
+    from gftdata.derive import RescoreConfig, plan_rescore
+
+    settings = load_settings(RescoreConfig, {}, "gft rescore", set_ or [], {"model": model})
+    _quiet_libraries()
+    _derive([plan_rescore(data, out, settings)], dry_run)
+
+
+@app.command()
+def merge(
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Folders of finished data sets of one kind.")],
+    out: New,
+    duplicates: Annotated[
+        Literal["error", "first"],
+        typer.Option("--duplicates", help="A prompt that is in two of them: stop, or keep the first one's group."),
+    ] = "error",
+    groups_per_shard: GroupsPerShard = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Put data sets of the same tokenizer and reference model together."""
+    from gftdata.regroup import plan_merge
+
+    _derive([plan_merge(data, out, duplicates=duplicates, groups_per_shard=groups_per_shard)], dry_run)
+
+
+@app.command("filter")
+def filter_(
+    data: Data,
+    out: New,
+    min_pass: Annotated[float, typer.Option("--min-pass", help="Lowest pass rate of a group that is kept.")] = 0.0,
+    max_pass: Annotated[float, typer.Option("--max-pass", help="Highest pass rate of a group that is kept.")] = 1.0,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="Whose responses the pass rate is of, e.g. self. Repeatable; default: all."),
+    ] = None,
+    with_signal: Annotated[
+        bool, typer.Option("--with-signal", help="Keep only groups whose rewards are not all equal.")
+    ] = False,
+    groups_per_shard: GroupsPerShard = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Keep the groups whose pass rate is in a range, bounds included."""
+    from gftdata.regroup import plan_filter
+
+    job = plan_filter(
+        data,
+        out,
+        min_pass=min_pass,
+        max_pass=max_pass,
+        names=source or (),
+        with_signal=with_signal,
+        groups_per_shard=groups_per_shard,
+    )
+    _derive([job], dry_run)
+
+
+@app.command()
+def split(
+    data: Data,
+    out_a: Annotated[Path, typer.Option("--out-a", metavar="A", help="Folder of the data set that gets the share.")],
+    out_b: Annotated[Path, typer.Option("--out-b", metavar="B", help="Folder of the data set that gets the rest.")],
+    share: Annotated[float, typer.Option("--share", help="Share of the prompts that goes to A, e.g. 0.1.")],
+    seed: Annotated[int, typer.Option("--seed", help="Another seed is another split.")] = 0,
+    groups_per_shard: GroupsPerShard = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Split a data set in two, by prompt: the same prompt is on the same side in every data set."""
+    from gftdata.regroup import plan_split
+
+    jobs = plan_split(data, out_a, out_b, share=share, seed=seed, groups_per_shard=groups_per_shard)
+    _derive(jobs, dry_run)
 
 
 @app.command()
@@ -176,6 +284,31 @@ def demo(
     demonstration.run(show.open_console(), out)
 
 
+def _derive(jobs: "Sequence[Job]", dry_run: bool) -> None:
+    """Show what the jobs read and keep, and, unless that was asked for alone, do them."""
+    from gftcli import progress, show
+    from gftdata.derive import derive
+
+    console = show.open_console()
+    for job in jobs:
+        groups, read = job.num_groups, job.index.num_groups
+        left_out = [f"{count:,} {reason}" for reason, count in job.left_out.items() if count]
+        rows = {
+            "read": f"{read:,} groups of {', '.join(str(source.folder) for source in job.sources)}",
+            "kept": f"{groups:,} groups ({groups / read:.1%}), {job.num_responses:,} responses",
+            "left out": ", ".join(left_out) or "nothing",
+            "shards": f"{len(job.shards):,}, {job.shards_published:,} of them published already",
+            "output": f"{job.out}" + (" (nothing was written)" if dry_run else ""),
+        }
+        show.facts(console, rows)
+        console.print()
+        if not dry_run:
+            with progress.derivation(console) as listener:
+                manifest = derive(job, listener)
+            show.manifest(console, str(job.out), manifest)
+            console.print()
+
+
 def _given(**options: str | None) -> dict[str, str]:
     return {key: value for key, value in options.items() if value is not None}
 
@@ -199,7 +332,7 @@ def main() -> None:
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; gft generate and gft train continue when they are given again", file=sys.stderr)
+        print("\nstopped; given again, the command continues where that saves anything", file=sys.stderr)
         sys.exit(130)
 
 

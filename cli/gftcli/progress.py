@@ -84,6 +84,32 @@ def generation(console: Console, config: "GenerateConfig") -> Iterator[Callable[
 
 
 @contextmanager
+def derivation(console: Console) -> Iterator[Callable[["GenerateEvent"], None]]:
+    """Groups, pass rate by source where responses are judged, time left."""
+    with _bars(console) as bars:
+        plain = _PlainLines(console)
+        groups = bars.add_task("groups", total=None, note="")
+        judged: Counter[str] = Counter()
+        passed: Counter[str] = Counter()
+
+        def listen(event: "GenerateEvent") -> None:
+            if event.kind == "groups":
+                bars.update(groups, total=event.count, completed=event.done)
+                if event.done:
+                    console.print(f"continuing: {event.done:,} of {event.count:,} groups are there already")
+            elif event.kind == "judged" and event.reward is not None:
+                judged[event.source] += 1
+                passed[event.source] += event.reward == 1.0
+            elif event.kind == "shard":
+                rates = "  ".join(f"{source} {passed[source] / judged[source]:.2f}" for source in judged)
+                bars.update(groups, advance=event.count, note=f"pass rate: {rates}" if rates else "")
+            done = bars.tasks[groups]
+            plain.say(f"{done.completed:,.0f} of {done.total or 0:,.0f} groups {done.fields['note']}")
+
+        yield listen
+
+
+@contextmanager
 def training(console: Console, config: "TrainConfig") -> Iterator[Callable[["TrainEvent"], None]]:
     """Steps, loss, gradient norm, rectified share, tokens/s, time left."""
     with _bars(console) as bars:

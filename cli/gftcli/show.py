@@ -69,7 +69,8 @@ def generation_plan(console: Console, config: "GenerateConfig", preview: "Previe
             "given texts": f"{counts.given_missing:,} missing, "
             f"{counts.given_left_out:,} left out (too long, or only thinking)",
             "tokens": f"{preview.prompt_tokens:,} of prompts, {preview.given_tokens:,} of given responses, "
-            f"at most {preview.max_sampled_tokens:,} to sample in {preview.sampled_responses:,} responses",
+            f"at most {preview.max_sampled_tokens:,} to sample in {preview.sampled_responses:,} responses"
+            + (f"; {preview.carried_samples:,} more are in {config.extend} already" if config.extend else ""),
             "starting model": config.model,
             "reward": config.reward.name,
             "engine": config.engine.name,

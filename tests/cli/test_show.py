@@ -150,6 +150,7 @@ def test_a_dry_run_names_them_too(decontaminate: list[dict[str, str]], said: str
         prompt_tokens=1,
         given_tokens=0,
         sampled_responses=1,
+        carried_samples=0,
         max_sampled_tokens=1,
     )
     text = printed(show.generation_plan, config, preview)

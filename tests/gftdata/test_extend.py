@@ -16,6 +16,8 @@ from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
 from gftdata.generate import Event, generate
 from gftdata.groups import sample_seed
+from gftdata.pilot import run_pilot
+from gftdata.prepare import preview
 from gftdata.schema import table_to_groups
 from gftdata.shards import read_manifest, shard_paths, verify
 from gftdata.types import Group
@@ -117,7 +119,10 @@ def test_more_prompts_and_more_responses_are_all_that_is_done(
 ) -> None:
     extended, whole = tmp_path / "extended", tmp_path / "whole"
     run(make(extended, limit=12, own=3, other=3, extend=str(before)), done)
+    planned = preview(make(extended, limit=12, own=3, other=3, extend=str(before)))
     carried = Counter(r.completion.source for group in groups_in(before) for r in group.responses)
+    assert planned.carried_samples == carried["self"] + carried["teacher:other"]
+    assert planned.sampled_responses == 12 * 6 - planned.carried_samples
     assert verify(extended) == []
     assert done["self"] == 12 * 3 - carried["self"] == 12 * 3 - 7 * 2
     # a teacher's sample that was left out is in no data set, and is drawn again
@@ -140,6 +145,12 @@ def test_more_prompts_and_more_responses_are_all_that_is_done(
             for seed, response in then.items():
                 assert response.ref_logprobs.tolist() == now[seed].ref_logprobs.tolist()
     assert read_manifest(extended).recipe["extend"] == "before"
+
+
+def test_a_pilot_of_an_extension_is_refused(make: MakeConfig, before: Path, tmp_path: Path) -> None:
+    config = make(tmp_path / "out", limit=12, own=3, other=3, extend=str(before))
+    with pytest.raises(UserError, match="leave `extend` out"):
+        run_pilot(config, preview(config), 2)
 
 
 def test_fewer_responses_of_a_source_are_the_first_ones(

@@ -300,7 +300,7 @@ def test_a_second_run_on_the_same_output_is_refused(fake: None, demo: Path, tmp_
                 refusals.append(str(error))
 
     generate(config, listen)
-    assert len(refusals) == 1 and "another gft generate" in refusals[0]
+    assert len(refusals) == 1 and "another gft command" in refusals[0]
     assert verify(tmp_path / "data") == []
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+from gftdata.engines.sglang_worker import packed
+
 
 def main() -> None:
     num_tokens = json.loads(sys.argv[2])["response_tokens"]
@@ -18,8 +20,8 @@ def main() -> None:
         ids = arguments["input_ids"]
         if arguments["sampling_params"]["max_new_tokens"] == 0:
             scored = ids[arguments["logprob_start_len"] :]
-            pairs = [[None, scored[0]], *([-0.123456789, token] for token in scored[1:])]
-            answer = {"finish_reason": {"type": "length"}, "input_token_logprobs": pairs}
+            found = [[None, *[-0.123456789] * (len(scored) - 1)], scored]
+            answer = {"finish_reason": {"type": "length"}, "input_token_logprobs": found}
         else:
             # another response for each sample: some digits, then the end
             digits = [5 + (request["id"] * 7 + n * n) % 10 for n in range(num_tokens - 1)]
@@ -27,9 +29,9 @@ def main() -> None:
             answer = {
                 "finish_reason": {"type": "stop", "matched": 1},
                 "output_ids": response,
-                "output_token_logprobs": [[-0.123456789, token] for token in response],
+                "output_token_logprobs": [[-0.123456789] * len(response), response],
             }
-        answers.write(json.dumps({"id": request["id"], "answer": answer}) + "\n")
+        answers.write(json.dumps({"id": request["id"], "answer": packed(answer)}) + "\n")
 
 
 if __name__ == "__main__":

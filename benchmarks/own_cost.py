@@ -4,7 +4,7 @@
 
 Each size runs in a process of its own against a fake engine that answers at once. Memory is the peak resident size of
 our process; time is the processor time of all its threads (user and system), so that nobody's waiting counts. Engine
-and judges are other processes. The groups hold long texts on request (--tokens).
+and judges are other processes. Longer responses (--tokens) need a model that holds them (--model).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(num_prompts: int, response_tokens: int) -> dict[str, float]:
+def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, float]:
     """One generation in this process."""
     import gftdata.engines.sglang as sglang
     from gftdata.config import GenerateConfig, validate_config
@@ -35,7 +35,7 @@ def measure(num_prompts: int, response_tokens: int) -> dict[str, float]:
                 question = f"{n // 8100 % 90 + 10}+{n // 90 % 90 + 10}+{n % 90 + 10}="
                 file.write(json.dumps({"question": question, "answer": str(n), "expert": f"={n}"}) + "\n")
         config = {
-            "model": str(ROOT / "samples" / "demo" / "model"),
+            "model": model,
             "out": str(Path(folder) / "data"),
             "prompts": {"path": str(prompts), "columns": {"ground_truth": "answer", "expert": "expert"}},
             "reward": {"name": "exact"},
@@ -67,14 +67,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 100_000])
     parser.add_argument("--tokens", type=int, default=32, help="of each sample")
+    parser.add_argument("--model", default=str(ROOT / "samples" / "demo" / "model"), help="whose tokenizer is used")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.tokens)))
+        print(json.dumps(measure(options.one, options.tokens, options.model)))
         return
     rows = []
     for number in options.prompts:
         command = [sys.executable, __file__, "--one", str(number), "--tokens", str(options.tokens)]
+        command += ["--model", options.model]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{'prompts':>9} {'samples':>9} {'peak memory':>12} {'ratio':>6} {'Python time a sample':>21}")

@@ -4,8 +4,7 @@
 
 Ours has self samples, rewards, scoring and the writing of shards in it; the bare engine samples and scores. Both start
 their engine anew for each run, and starting is not counted. One pair is one run of each, in turn first; the ratio of a
-pair is ours / bare. `--cpu` runs SGLang on a CPU (its torch_native attention). The last line also says how much
-processor time our own process took for a sample.
+pair is ours / bare. `--cpu` runs SGLang on a CPU (its torch_native attention).
 """
 
 import argparse
@@ -59,21 +58,15 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     """One `gft generate` in this process: from the engine being up to the last shard being published."""
     from gftdata.generate import Event, generate
 
-    times: list[tuple[float, float]] = []
+    times: list[float] = []
 
     def listen(event: Event) -> None:
         if event.kind in ("phase", "shard"):
-            times.append((time.perf_counter(), time.process_time()))
+            times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = generate(settings(options, Path(folder) / "data"), listen)
-    (up, cpu_up), (end, cpu_end) = times[0], times[-1]
-    samples = manifest.summary.responses
-    return {
-        "seconds": end - up,
-        "tokens": manifest.summary.response_tokens,
-        "own_ms": 1000 * (cpu_end - cpu_up) / samples,
-    }
+    return {"seconds": times[-1] - times[0], "tokens": manifest.summary.response_tokens}
 
 
 def write_requests(options: argparse.Namespace, path: Path) -> None:
@@ -138,14 +131,13 @@ def main() -> None:
         bare = [options.python, "benchmarks/bare_engine.py", json.dumps(engine), str(requests), str(options.in_flight)]
         mine = [sys.executable, __file__, "--ours", *sys.argv[1:]]
         print(f"{'pair':>4} {'bare':>16} {'gft generate':>16} {'ratio':>7}")
-        ratios, own = [], []
+        ratios = []
         for pair in range(options.pairs):
             order = [bare, mine] if pair % 2 == 0 else [mine, bare]
             results = {id(command): run(command) for command in order}
             b, m = results[id(bare)], results[id(mine)]
             rates = b["tokens"] / b["seconds"], m["tokens"] / m["seconds"]
             ratios.append(rates[1] / rates[0])
-            own.append(m["own_ms"])
             print(f"{pair + 1:>4} {rates[0]:>9.1f} tok/s {rates[1]:>9.1f} tok/s {ratios[-1]:>7.3f}", flush=True)
     ratios.sort()
     spread = (len(ratios) - 1) * 0.25
@@ -153,7 +145,6 @@ def main() -> None:
     print(
         f"\nmedian ratio {statistics.median(ratios):.3f}, middle half {low:.3f} to {high:.3f}, of {len(ratios)} pairs"
     )
-    print(f"our process: {statistics.median(own):.3f} ms of processor time a sample")
 
 
 if __name__ == "__main__":

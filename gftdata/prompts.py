@@ -156,7 +156,8 @@ def _reasoning_gym_rows(config: PromptsConfig) -> Iterator[Row]:
         entries = reasoning_gym.create_dataset(task.task, size=task.size, seed=task.seed, **task.options)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"reasoning_gym task `{task.task}`: {first_line(error)}") from None
-    for entry in entries:
+    for raw in entries:
+        entry = json.loads(json.dumps(raw, default=str))  # some have fractions among what they tell of themselves
         yield {**entry, "reasoning_gym": {"task": task.task, "entry": entry}}
 
 

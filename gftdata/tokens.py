@@ -100,7 +100,7 @@ def encode_response(tokenizer: Tokenizer, text: str, *, ended: bool) -> TokenIds
 
 def decode_response(tokenizer: Tokenizer, response_ids: TokenIds) -> str:
     """Sampled ids [T] -> text, without the tokens that end a response."""
-    text: str = tokenizer.backend.decode(response_ids.tolist(), skip_special_tokens=True)
+    text: str = tokenizer.backend.decode(response_ids, skip_special_tokens=True)
     return text
 
 

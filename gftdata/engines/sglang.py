@@ -9,6 +9,7 @@ Every request is n = 1 with its own seed. Log-probs of samples are decode-time, 
 come from `score`, a pass over given ids at temperature 1.
 """
 
+import base64
 import json
 import os
 import queue
@@ -25,6 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from gftdata.config import SglangConfig
 from gftdata.engines.sglang_api import (
     OtherTokensError,
@@ -35,6 +39,7 @@ from gftdata.engines.sglang_api import (
     scoring_arguments,
     to_sample,
 )
+from gftdata.engines.sglang_worker import LOGPROBS
 from gftdata.errors import UserError
 from gftdata.tokens import Tokenizer
 from gftdata.types import (
@@ -308,7 +313,7 @@ class SglangEngine:
                 self._tried.discard(number)
                 if not self._tried:
                     self._send_next()
-        job.answers.put((job, UserError(failure) if failure else message["answer"]))
+        job.answers.put((job, UserError(failure) if failure else unpacked(message["answer"])))
 
     def _send_next(self) -> None:
         """The next few suspects, or, when all have been cleared, everything that waits."""
@@ -356,6 +361,22 @@ class SglangEngine:
         said = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
         errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
         return f"{(errors or said)[-1][:300]} (all of it is in {self._log})"
+
+
+def unpacked(answer: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of the worker's `packed`, with arrays for lists and NaN for None."""
+    numbers = {
+        name: [_array(np.float32, a), _array(np.int32, b)]
+        for name in LOGPROBS
+        if name in answer
+        for a, b in [answer[name]]
+    }
+    ids = {"output_ids": _array(np.int32, answer["output_ids"])} if "output_ids" in answer else {}
+    return {"finish_reason": answer["finish_reason"]} | ids | numbers
+
+
+def _array(kind: type[np.generic], text: str) -> npt.NDArray[Any]:
+    return np.frombuffer(base64.b64decode(text), dtype=kind)
 
 
 def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:

@@ -1,7 +1,7 @@
 """What SGLang is asked and how its answers are read: the same for the offline engine and for a server.
 
-An answer is what `reduced` in sglang_worker.py leaves of a result: ids, [log-prob, id] pairs, how it ended. Whether a
-bad answer is asked for again is the engines' own affair.
+An answer is what `reduced` in sglang_worker.py leaves of a result: how it ended, ids, [log-probs, ids]. Whether a bad
+answer is asked for again is the engines' own affair.
 """
 
 import zlib
@@ -75,21 +75,22 @@ def failure_of(answer: dict[str, Any]) -> str | None:
 def to_sample(tokenizer: Tokenizer, request: SampleRequest, answer: dict[str, Any], *, honours_seeds: bool) -> Sample:
     """Raises OtherTokensError where the log-probs are not those of the sampled ids."""
     ids = np.asarray(answer["output_ids"], dtype=np.int32)
-    pairs = answer["output_token_logprobs"]
-    if [int(token) for _, token in pairs] != ids.tolist():
+    found, tokens = answer["output_token_logprobs"]
+    if not np.array_equal(tokens, ids):
         raise OtherTokensError("log-probs of other tokens than the sampled ones")
     reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
-    logprobs = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+    logprobs = np.asarray(found, dtype=np.float32)
     seed = int(request.seed) if honours_seeds else None
     return Sample(request, decode_response(tokenizer, ids), ids, logprobs, len(ids), reason, seed)
 
 
 def scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs | Unscored:
     """The log-probs of a scoring answer: one None, then exactly the response's tokens, or OtherTokensError."""
-    first, *pairs = answer["input_token_logprobs"]
-    if first[0] is not None or [int(token) for _, token in pairs] != request.response_ids.tolist():
+    found, tokens = answer["input_token_logprobs"]
+    logprobs = np.asarray(found, dtype=np.float32)  # None becomes NaN
+    if len(logprobs) == 0 or not np.isnan(logprobs[0]) or not np.array_equal(tokens[1:], request.response_ids):
         raise OtherTokensError("scored other tokens than the given ones")
-    scores = np.asarray([logprob for logprob, _ in pairs], dtype=np.float32)
+    scores = logprobs[1:]
     if not np.isfinite(scores).all():
         return Unscored("a log-prob is not finite")
     return scores

@@ -6,16 +6,21 @@ The engine's death kills its whole process tree, this process included: that is 
     python sglang_worker.py FD ENGINE_OPTIONS_JSON
 
 Reads one JSON request a line from standard input, {"id": ..., "arguments": {...}} for `Engine.async_generate`, and
-writes to file descriptor FD one line for each as it is done, {"id": ..., "answer": {...}} or {"id": ..., "error": ...},
-in order of completion. The first line is {"ready": version}. Ends when standard input does.
+writes to file descriptor FD one line for each as it is done, {"id": ..., "answer": {...}}, as `packed` makes it, or
+{"id": ..., "error": ...}, in order of completion. The first line is {"ready": version}. Ends when standard input does.
 """
 
 import asyncio
+import base64
 import json
+import math
 import os
 import sys
 import threading
+from array import array
 from typing import Any
+
+LOGPROBS = ("input_token_logprobs", "output_token_logprobs")
 
 
 def main() -> None:
@@ -47,7 +52,7 @@ async def serve(engine: Any, write: Any) -> None:
         except Exception as error:
             write({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
             return
-        write({"id": request["id"], "answer": reduced(result)})
+        write({"id": request["id"], "answer": packed(reduced(result))})
 
     def start(request: dict[str, Any]) -> None:
         task = loop.create_task(handle(request))
@@ -64,13 +69,30 @@ async def serve(engine: Any, write: Any) -> None:
 
 
 def reduced(result: dict[str, Any]) -> dict[str, Any]:
-    """What the parent needs of a result: ids, log-probs as [log-prob, id], how it ended."""
+    """What is needed of a result: how it ended, ids, and [log-probs, ids] of each kind that it has."""
     meta = result["meta_info"]
     answer: dict[str, Any] = {"finish_reason": meta["finish_reason"], "output_ids": result.get("output_ids")}
-    for name in ("input_token_logprobs", "output_token_logprobs"):
+    for name in LOGPROBS:
         if meta.get(name) is not None:
-            answer[name] = [entry[:2] for entry in meta[name]]
+            answer[name] = [[entry[0] for entry in meta[name]], [entry[1] for entry in meta[name]]]
     return answer
+
+
+def packed(answer: dict[str, Any]) -> dict[str, Any]:
+    """A reduced answer with its numbers as base64 of int32 and float32, NaN for None: a tenth of the work to read."""
+    small = {"finish_reason": answer["finish_reason"]}
+    if answer.get("output_ids") is not None:
+        small["output_ids"] = _base64("i", answer["output_ids"])
+    for name in LOGPROBS:
+        if name in answer:
+            logprobs, ids = answer[name]
+            numbers = [math.nan if logprob is None else logprob for logprob in logprobs]
+            small[name] = [_base64("f", numbers), _base64("i", ids)]
+    return small
+
+
+def _base64(kind: str, numbers: Any) -> str:
+    return base64.b64encode(array(kind, numbers)).decode()
 
 
 if __name__ == "__main__":

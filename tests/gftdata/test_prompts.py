@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gftdata.config import PromptsConfig
+from gftdata.config import PromptsConfig, ReasoningGymConfig
 from gftdata.errors import UserError
 from gftdata.prompts import prompt_from_json, prompt_to_json, read_prompts
+from gftdata.rewards import judge
 from gftdata.types import GivenText, Message, Prompt
 
 Given = Mapping[str, tuple[str, int]]
@@ -389,3 +390,12 @@ def test_a_prompt_survives_its_line_of_json(demo: Path) -> None:
         line = prompt_to_json(prompt)
         assert "\n" not in line
         assert prompt_from_json(line) == prompt
+
+
+def test_a_task_whose_entries_hold_more_than_json_can() -> None:
+    config = PromptsConfig(reasoning_gym=ReasoningGymConfig(task="gsm_symbolic", size=10, seed=0))
+    prompts = list(read_prompts(config, {}, needs_ground_truth=True))
+    assert len(prompts) == 10
+    for prompt in prompts:  # the scorer gets what it needs
+        assert prompt.ground_truth is not None
+        assert judge("reasoning_gym", prompt, prompt.ground_truth).reward == 1.0

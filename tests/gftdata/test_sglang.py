@@ -315,7 +315,6 @@ def test_ctrl_c_ends_a_run_that_waits_for_its_engine(demo: Path, tmp_path: Path)
         "sglang.STOP_S = 0.1\n"
         "sglang.check_python = lambda config: None\n"
         "if __name__ == '__main__':\n"
-        "    import polars\n"
         "    config = load_config(GenerateConfig, sys.argv[1])\n"
         "    g.generate(config, lambda event: print(event.kind, flush=True))\n"
     )

@@ -10,6 +10,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from gftdata.engines.sglang_worker import packed
 
 
 def reason_of(kind: str) -> dict[str, object]:
@@ -42,9 +45,9 @@ def main() -> None:
                 answers.write(json.dumps({"id": request["id"], "error": "ValueError: too long"}) + "\n")
                 continue
             scored = ids[request["arguments"]["logprob_start_len"] :]
-            pairs = [[None, scored[0]], *([-0.25, token] for token in scored[1:])]
-            answer: dict[str, object] = {"finish_reason": reason_of("length"), "input_token_logprobs": pairs}
-            answers.write(json.dumps({"id": request["id"], "answer": answer}) + "\n")
+            found = [[None, *[-0.25] * (len(scored) - 1)], scored]
+            answer: dict[str, Any] = {"finish_reason": reason_of("length"), "input_token_logprobs": found}
+            answers.write(json.dumps({"id": request["id"], "answer": packed(answer)}) + "\n")
             continue
         if set(ids) & set(options.get("error", [])):
             answers.write(json.dumps({"id": request["id"], "error": "ValueError: exceeds context length"}) + "\n")
@@ -55,9 +58,9 @@ def main() -> None:
         answer = {
             "finish_reason": reason,
             "output_ids": response,
-            "output_token_logprobs": [[-0.5, token] for token in response],
+            "output_token_logprobs": [[-0.5] * len(response), response],
         }
-        text = json.dumps({"id": request["id"], "answer": answer}) + "\n"
+        text = json.dumps({"id": request["id"], "answer": packed(answer)}) + "\n"
         if set(ids) & set(options.get("torn", [])) and not Path(options["log"] + ".torn").exists():
             Path(options["log"] + ".torn").touch()
             answers.write(text[: len(text) // 2])

@@ -1,12 +1,14 @@
 """`gft generate` killed with SIGKILL at random moments and continued: what is lost, what is done twice.
 
-    python benchmarks/kills.py                                                  # engine hf, 20 kills of the whole tree
-    python benchmarks/kills.py --python .venv-sglang/bin/python --kills 3       # SGLang on a CPU
-    python benchmarks/kills.py --python .venv-sglang/bin/python --kills 2 --scheduler   # only its scheduler
+    python benchmarks/kills.py                                 # engine hf, 20 kills of the whole tree
+    sglang="--python .venv-sglang/bin/python --prompts 512"    # SGLang on a CPU
+    python benchmarks/kills.py $sglang --kills 3
+    python benchmarks/kills.py $sglang --kills 2 --scheduler   # only its scheduler
 
-A life of the command ends at a moment drawn evenly from the time that a whole run took before. Of each kill the table
-says what was in journals and shards then; every such sample must be in the finished data set as it was, and none may
-have been drawn a second time. A run that ends is checked and the next kill begins a new one.
+A life of the command ends at a moment drawn evenly from the time in which a whole run before had samples: from its
+first one to its end. Of each kill the table says what was in journals and shards then; every such sample must be in the
+finished data set as it was, and none may have been drawn a second time. A run that ends is checked and the next kill
+begins a new one.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from gftdata.journal import read_journal
 from gftdata.shards import DATA, WORK, read_manifest, verify
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_PROMPTS, OWN, SHARD = 96, 4, 8
+OWN, SHARD = 4, 8
 Drawn = dict[tuple[str, str, int], tuple[str, tuple[int, ...]]]  # prompt, source, k -> text, ids
 
 CPU_SGLANG = {
@@ -44,7 +46,7 @@ CPU_SGLANG = {
 }
 
 
-def write_config(folder: Path, python: str | None) -> Path:
+def write_config(folder: Path, python: str | None, num_prompts: int) -> Path:
     """The demo's prompts and model; a teacher too, with engine hf, so that kills fall into either phase."""
     model = str(ROOT / "samples" / "demo" / "model")
     engine: dict[str, Any] = {"name": "hf", "device": "cpu", "batch_size": 8}
@@ -57,7 +59,7 @@ def write_config(folder: Path, python: str | None) -> Path:
         "prompts": {
             "path": str(ROOT / "samples" / "demo" / "train.jsonl"),
             "columns": {"ground_truth": "answer", "expert": "expert"},
-            "limit": NUM_PROMPTS,
+            "limit": num_prompts,
         },
         "reward": {"name": "exact", "workers": 1},
         "responses": {"max_tokens": 48, "self": {"count": OWN}, "teachers": teachers},
@@ -125,7 +127,7 @@ def published(path: Path) -> Drawn:
     return found
 
 
-def check(out: Path, kept: list[Drawn]) -> str:
+def check(out: Path, kept: list[Drawn], num_prompts: int) -> str:
     """What a finished data set lacks, against the recipe and against what was safe at each kill."""
     problems = verify(out)
     final: Drawn = {}
@@ -136,7 +138,7 @@ def check(out: Path, kept: list[Drawn]) -> str:
     ids = [row["prompt_id"] for row in rows]
     short = sum(Counter(row["sources"])["self"] != OWN or "expert" not in row["sources"] for row in rows)
     changed = sum(key[1] == "self" and final.get(key) != value for safe in kept for key, value in safe.items())
-    if problems or len(set(ids)) != len(ids) or len(ids) != NUM_PROMPTS or short or changed:
+    if problems or len(set(ids)) != len(ids) or len(ids) != num_prompts or short or changed:
         return (
             f"BAD: {problems} {len(ids)} rows, {len(set(ids))} prompts, {short} short groups, {changed} samples changed"
         )
@@ -148,24 +150,30 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--python", help="interpreter that has SGLang: use that engine")
     parser.add_argument("--scheduler", action="store_true", help="kill SGLang's scheduler only")
+    parser.add_argument("--prompts", type=int, default=96, help="at most 512")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config, out = write_config(folder, options.python), folder / "data"
+        config, out = write_config(folder, options.python, options.prompts), folder / "data"
         began = time.monotonic()
-        if code := start(config).wait():
+        process = start(config)
+        while process.poll() is None and not any((out / WORK / "journal").rglob("*.jsonl")):
+            time.sleep(0.05)
+        first = time.monotonic() - began
+        if code := process.wait():
             sys.exit(f"a run that nobody killed ended with exit code {code}")
         whole = time.monotonic() - began
-        print(f"a whole run: {whole:.0f} s, {check(out, [])}\n")
+        print(f"a whole run: first sample after {first:.0f} s, all after {whole:.0f} s")
+        print(f"{check(out, [], options.prompts)}\n")
         shutil.rmtree(out)
         print(f"{'kill':>4} {'after':>7} {'safe then':>10} {'drawn twice':>12}   state")
         failed = False
         kills, kept = 0, []
         while True:
             process = start(config)
-            pause = rng.uniform(0, whole)
+            pause = rng.uniform(first, whole)
             try:
                 code = process.wait(pause if kills < options.kills else None)
             except subprocess.TimeoutExpired:
@@ -186,7 +194,7 @@ def main() -> None:
                     failed |= doubled > 0
                     print(f"{kills:>4} {pause:>5.1f} s {len(safe):>10} {doubled:>12}   killed", flush=True)
                     continue
-            verdict = check(out, kept) if code == 0 else f"BAD: exit code {code}"
+            verdict = check(out, kept, options.prompts) if code == 0 else f"BAD: exit code {code}"
             failed |= verdict.startswith("BAD")
             print(f"{'':>36}   finished: {verdict}", flush=True)
             kept = []

@@ -103,9 +103,17 @@ class PromptsConfig(BaseModel):
     def one_origin(self) -> "PromptsConfig":
         if sum(x is not None for x in (self.path, self.dataset, self.reasoning_gym, self.reuse)) != 1:
             raise ValueError("name exactly one of path, dataset, reasoning_gym, reuse")
-        changed = self.columns != ColumnsConfig() or self.template is not None or self.system is not None
-        if self.reuse is not None and changed:
-            raise ValueError("reuse takes prompts as they are: columns, template and system do not apply")
+        unused = {
+            "columns": self.columns != ColumnsConfig(),
+            "template": self.template is not None,
+            "system": self.system is not None,
+            "data_source": self.data_source is not None,
+            "subset": self.subset is not None,
+            "split": self.split != "train",
+        }
+        if self.reuse is not None and any(unused.values()):
+            named = ", ".join(name for name, is_set in unused.items() if is_set)
+            raise ValueError(f"reuse takes prompts as they are: {named} cannot be set")
         if self.template is not None and "{question}" not in self.template:
             raise ValueError("template must contain {question}")
         if self.template is not None and self.columns.messages is not None:
@@ -131,7 +139,7 @@ class SamplingConfig(BaseModel):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Probability = 1.0
-    stop: tuple[str, ...] = ()  # texts that end a response, kept in it
+    stop: tuple[str, ...] = ()  # texts that end a response, kept in it (an openai endpoint cuts them off)
 
     def with_limit(self, max_tokens: int) -> Sampling:
         return Sampling(self.temperature, self.top_p, max_tokens, self.stop)
@@ -179,7 +187,7 @@ class ServerConfig(BaseModel):
     serves: str | None = None  # the server's own name for the model, where it is not the config's
     max_in_flight: PositiveInt = 256  # requests with the servers at a time, all together
     timeout_s: Annotated[float, Field(gt=0)] = 600.0  # an answer that takes longer is asked for again
-    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer: the run ends, and can be continued
+    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer (bounds timeout_s): the run ends here
 
 
 class OpenaiConfig(BaseModel):
@@ -192,7 +200,7 @@ class OpenaiConfig(BaseModel):
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
     max_in_flight: PositiveInt = 32  # requests at a time
     timeout_s: Annotated[float, Field(gt=0)] = 600.0  # an answer that takes longer is asked for again
-    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer: the run ends, and can be continued
+    give_up_after_s: Annotated[float, Field(gt=0)] = 600.0  # without any answer (bounds timeout_s): the run ends here
     extra: dict[str, Any] = {}  # further fields of the request body, e.g. {reasoning_effort: low}
 
 
@@ -352,6 +360,15 @@ class GenerateConfig(BaseModel):
     @model_validator(mode="after")
     def given_sources_have_an_origin(self) -> "GenerateConfig":
         for teacher in self.responses.teachers:
+            if (
+                isinstance(self.engine, ServerConfig)
+                and teacher.model not in (None, self.model)
+                and teacher.engine is None
+            ):
+                raise ValueError(
+                    f"{teacher.source} needs an engine of its own: the config's is servers of {self.model}, and "
+                    f"the teacher is {teacher.model}"
+                )
             if teacher.reused is not None and self.prompts.reuse is None:
                 raise ValueError(f"{teacher.source} is reused from a data set, and prompts.reuse names none")
             if teacher.column is not None and self.prompts.reuse is not None:

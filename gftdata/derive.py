@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gftdata import shards
 from gftdata.config import (
@@ -32,9 +32,9 @@ from gftdata.config import (
     recipe_differences,
 )
 from gftdata.errors import UserError, first_line
-from gftdata.generate import QUARANTINE, Event, Listener, open_engine, quarantine, quarantined
+from gftdata.generate import QUARANTINE, Event, Listener, give_up, open_engine, quarantined
 from gftdata.judging import open_judges
-from gftdata.models import context_length, model_revision, shown_name
+from gftdata.models import context_length, model_revision, shareable, shown_name
 from gftdata.prepare import check_engine, sole_writer, tokenizer_record
 from gftdata.rewards import resolve
 from gftdata.schema import groups_to_table, schema, table_to_groups
@@ -162,6 +162,8 @@ def finalize(job: Job) -> Manifest:
     unnamed = sum(source.manifest.prompts_quarantined - len(source.quarantine) for source in job.sources)
     num_refused = len(refused) + max(0, unnamed)  # a copy of a data set may come without its quarantine.jsonl
     prompts = {"prompts": sum(record.rows for record in records) + num_refused}
+    if job.manifest.prompts.duplicates is None:  # a part: its rows are those of what it was taken from
+        prompts["rows_read"] = prompts["prompts"]
     changes = {
         "toolkit_version": shards.toolkit_version(),
         "packages": shards.package_versions(),
@@ -227,7 +229,7 @@ def plan_rescore(data: Path, out: Path, config: RescoreConfig) -> Job:
     record = ModelRecord(role="reference", name=shown_name(config.model), revision=model_revision(config.model))
     excluded: dict[str, Any] = dict.fromkeys(COMPUTE_SETTINGS, True) | {"options": COMPUTE_OPTIONS}
     engine = config.engine.model_dump(mode="json", exclude=excluded)
-    settings = {"model": record.name, "revision": record.revision, "engine": engine}
+    settings = {"model": record.name, "revision": record.revision, "engine": shareable(engine)}
     changes = {"models": (record, *(model for model in source.manifest.models if model.role != "reference"))}
     change = partial(rescoring, config, tokenizer, source.logprob_dtype)
     return _shard_by_shard("rescore", source, out, settings, changes, change)
@@ -254,19 +256,16 @@ def rescoring(
                 )
             )
             scored: dict[int, Group] = {}
-            reason = ""
+            given_up: dict[str, str] = {}
             for i, group in groups.items():
                 scores = [next(answers) for _ in group.responses]
                 if failed := next((score for score in scores if isinstance(score, Unscored)), None):
-                    reason = failed.reason
-                    quarantine(out, group.prompt.prompt_id, "reference", reason)
-                    on_event(Event("quarantined", "reference"))
+                    given_up[group.prompt.prompt_id] = failed.reason
                     continue
                 pairs = zip(group.responses, scores, strict=True)
                 responses = (replace(r, ref_logprobs=s) for r, s in pairs if not isinstance(s, Unscored))
                 scored[i] = replace(group, responses=tuple(responses))
-            if groups and not scored:
-                raise UserError(f"not one of {len(groups)} groups could be scored: {reason}")
+            give_up(out, given_up, len(scored), on_event)
             kept = table.take(pa.array(list(scored), pa.int64()))
             return _with_columns(kept, ("ref_logprobs", "ref_logprob_means"), list(scored.values()), logprob_dtype)
 
@@ -332,7 +331,10 @@ def check_output(out: Path, sources: Sequence[Source], now: Derivation) -> None:
         if out.is_dir() and ({path.name for path in out.iterdir()} - {WORK} or (out / WORK / "plan.json").exists()):
             raise UserError(f"{out}: not empty, and not begun by gft {now.by}; {advice}")
         return
-    before = Derivation.model_validate_json(plan.read_bytes())
+    try:
+        before = Derivation.model_validate_json(plan.read_bytes())
+    except ValidationError:
+        raise UserError(f"{plan}: is damaged; {advice}") from None
     if before.by != now.by:
         raise UserError(f"{out}: was begun by gft {before.by}, not by gft {now.by}; {advice}")
     if before.sources != now.sources:
@@ -353,7 +355,10 @@ def read_source(folder: Path) -> Source:
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{first}: cannot be read: {first_line(error)}; see `gft validate`") from None
     lines = path.read_text(encoding="utf-8").splitlines() if manifest.prompts_quarantined and path.is_file() else []
-    given_up = {json.loads(line)["prompt_id"]: line for line in lines}
+    try:
+        given_up = {json.loads(line)["prompt_id"]: line for line in lines}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: is damaged; without it only the number of such prompts is carried over") from None
     return Source(folder, manifest, shards.sha256_file(folder / MANIFEST), "float16" if narrow else "float32", given_up)
 
 

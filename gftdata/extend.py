@@ -1,13 +1,12 @@
 """A finished data set of the same recipe, to which prompts or responses are added: what it holds is not done again.
 
 Its groups are found by prompt id, and its samples by their seeds, or by their order where they have none. They are
-carried over whole, with rewards and log-probs.
+carried over whole, with rewards and log-probs. What a teacher gave there and was left out is not asked for again.
 """
 
 import sqlite3
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count, filterfalse
@@ -23,8 +22,10 @@ from gftdata.groups import sample_seed
 from gftdata.models import shareable
 from gftdata.reuse import find_data
 from gftdata.schema import table_to_groups
-from gftdata.shards import DATA, Manifest, ModelRecord, TokenizerRecord, read_manifest
-from gftdata.types import Prompt, Response
+from gftdata.shards import DATA, MANIFEST, Manifest, ModelRecord, TokenizerRecord, read_manifest, sha256_file
+from gftdata.types import SELF, TEACHER_PREFIX, Prompt, Response
+
+RECIPES_DIFFER = "recipes_differ"  # in the settings of a merge: how
 
 Key = tuple[str, int, int]  # source, row in the new shard, k
 
@@ -37,7 +38,7 @@ class Place(NamedTuple):
     row: int
 
 
-class Placed(Protocol):
+class Item(Protocol):
     """A prompt of a shard, and where the extended data set has it."""
 
     @property
@@ -47,11 +48,36 @@ class Placed(Protocol):
     def earlier(self) -> Place | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The data set that is added to."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: str  # of its manifest.json, by which a run that is continued knows it
+    counts: Mapping[str, int]  # drawn source -> samples that each prompt was to have
+
+
+def read_extended(name: str) -> Extended:
+    """Raises UserError where there is no finished data set of that name."""
+    folder = find_data(name)
+    manifest = read_manifest(folder)
+    responses = manifest.recipe["responses"]
+    counts = {TEACHER_PREFIX + t["name"]: t["count"] for t in responses["teachers"] if t["model"] is not None}
+    counts[SELF] = responses["self"]["count"]
+    return Extended(folder, manifest, sha256_file(folder / MANIFEST), counts)
+
+
 def check_extension(config: GenerateConfig, tokenizer: TokenizerRecord, models: Sequence[ModelRecord]) -> None:
     """Raise UserError unless the data set in `config.extend` was made as this one will be, but for what it lacks."""
     assert config.extend is not None
-    manifest = read_manifest(find_data(config.extend))
-    before, now = _comparable(manifest.recipe), _comparable(shareable(config.recipe()))
+    manifest = read_extended(config.extend).manifest
+    for step in manifest.derived:
+        if mixed := step.settings.get(RECIPES_DIFFER):
+            raise UserError(
+                f"{config.extend}: was merged from data sets of different recipes ({mixed[0]}); extend one of them"
+            )
+    before, now = comparable(manifest.recipe), comparable(shareable(config.recipe()))
     for name, teacher in before["teachers"].items():
         if name not in now["teachers"]:
             raise UserError(
@@ -75,7 +101,7 @@ def check_extension(config: GenerateConfig, tokenizer: TokenizerRecord, models: 
             )
 
 
-def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what an extension may change. Prompts are compared one by one, by their ids."""
     free = ("prompts", "duplicates", "decontaminate", "extend", "responses", "shards")
     responses = {name: value for name, value in recipe["responses"].items() if name != "teachers"}
@@ -112,8 +138,8 @@ def open_places(data: str | None) -> Iterator[Places]:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("CREATE TABLE places (id TEXT PRIMARY KEY, name TEXT, row_group INT, row INT) WITHOUT ROWID")
         if data is not None:
-            source = find_data(data)
-            for name, row_group, ids in _prompt_ids(source, read_manifest(source)):
+            source = read_extended(data)
+            for name, row_group, ids in _prompt_ids(source.folder, source.manifest):
                 rows = [(prompt_id, name, row_group, row) for row, prompt_id in enumerate(ids)]
                 connection.executemany("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", rows)
         yield Places(connection)
@@ -126,31 +152,40 @@ def _prompt_ids(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int, li
                 yield record.name, group, file.read_row_group(group, columns=["prompt_id"])["prompt_id"].to_pylist()
 
 
-def carried_keys(config: GenerateConfig, items: Sequence[Placed]) -> set[Key]:
-    """Which samples of a shard the extended data set has."""
-    keys: set[Key] = set()
-    for row, table in _rows(config, items, ["sources", "seeds"]):
-        sources, seeds = table["sources"][0].as_py(), table["seeds"][0].as_py()
-        keys.update(_keys(config.seed, items[row].prompt.prompt_id, row, sources, seeds))
-    return keys
+def carried_keys(config: GenerateConfig, items: Sequence[Item]) -> set[Key]:
+    """Which samples of a shard the extended data set has, or has left out: they are not drawn."""
+    if config.extend is None:
+        return set()
+    counts = read_extended(config.extend).counts
+    return {
+        (source, row, k)
+        for row, item in enumerate(items)
+        if item.earlier is not None
+        for source, count in counts.items()
+        for k in range(count)
+    }
 
 
-def carried_responses(config: GenerateConfig, items: Sequence[Placed]) -> dict[Key, Response]:
+def carried_responses(config: GenerateConfig, items: Sequence[Item]) -> dict[Key, Response]:
     """The samples of a shard that the extended data set has, whole; given responses are numbered in their order."""
     found: dict[Key, Response] = {}
-    for row, table in _rows(config, items, None):
+    if config.extend is None:
+        return found
+    extended = read_extended(config.extend)
+    for row, table in _rows(extended.folder, items):
         (group,) = table_to_groups(table)
+        prompt_id = items[row].prompt.prompt_id
+        if group.prompt.prompt_id != prompt_id:
+            raise UserError(f"{config.extend}: has changed while it was being extended; name another folder (out)")
         sources = [response.completion.source for response in group.responses]
         seeds = [response.completion.seed for response in group.responses]
-        found.update(zip(_keys(config.seed, group.prompt.prompt_id, row, sources, seeds), group.responses, strict=True))
+        keys = number_samples(config.seed, prompt_id, row, sources, seeds, extended.counts)
+        found.update(zip(keys, group.responses, strict=True))
     return found
 
 
-def _rows(config: GenerateConfig, items: Sequence[Placed], columns: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
+def _rows(folder: Path, items: Sequence[Item]) -> Iterator[tuple[int, pa.Table]]:
     """(row in the new shard, its group as a table of one row); a row group is read once."""
-    if config.extend is None:
-        return
-    folder = find_data(config.extend)
     by_row_group: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for row, item in enumerate(items):
         if item.earlier is not None:
@@ -158,24 +193,29 @@ def _rows(config: GenerateConfig, items: Sequence[Placed], columns: list[str] | 
     for (name, group), rows in by_row_group.items():
         try:
             with pq.ParquetFile(folder / DATA / name) as file:
-                table = file.read_row_group(group, columns=columns)
+                table = file.read_row_group(group)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{folder / DATA / name}: cannot be read, and is being extended: {error}") from None
         for row, earlier_row in rows:
             yield row, table.slice(earlier_row, 1)
 
 
-def _keys(run_seed: int, prompt_id: str, row: int, sources: Sequence[str], seeds: Sequence[int | None]) -> list[Key]:
+def number_samples(
+    run_seed: int,
+    prompt_id: str,
+    row: int,
+    sources: Sequence[str],
+    seeds: Sequence[int | None],
+    counts: Mapping[str, int],
+) -> list[Key]:
     """A group's samples by source and k. A sample without a seed takes the next free number of its source.
 
     Numbers may have gaps: a teacher's sample that was left out is in no data set.
     """
-    seeded = Counter(source for source, seed in zip(sources, seeds, strict=True) if seed is not None)
-    # samples left out shift those behind them, so that a number may be beyond how many there are
     number_of = {
         (source, int(sample_seed(run_seed, prompt_id, source, k))): k
-        for source, total in seeded.items()
-        for k in range(4 * total + 8)
+        for source, total in counts.items()
+        for k in range(total)
     }
     numbers = [number_of.get((s, -1 if seed is None else seed)) for s, seed in zip(sources, seeds, strict=True)]
     taken = {source: {k for s, k in zip(sources, numbers, strict=True) if s == source} for source in set(sources)}

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 QUARANTINE = "quarantine"
 NO_IDS = np.empty(0, np.int32)
+FEW = 4  # groups of a last, short shard that may all be beyond scoring
 MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
 
 
@@ -124,7 +125,8 @@ def draw_teacher(
     tokenizer = None if phase.takes_text else load_tokenizer(phase.model)
     with closing(open_sampler(phase, tokenizer)) as sampler:
         on_event(Event("phase", phase.source, missing.total()))
-        for _ in draw(config, plan, shards, phase, sampler, tokenizer, journal, on_event):
+        begun = has_begun(config, plan, shards, phase, missing)
+        for _ in draw(config, plan, shards, phase, sampler, tokenizer, journal, on_event, begun=begun):
             pass
 
 
@@ -165,7 +167,8 @@ def finish_shards(
         incomplete = [shard for shard in shards if missing[shard]]
         for shard in sorted(set(shards) - set(incomplete)):
             finish(shard)
-        for shard in draw(config, plan, incomplete, own, engine, tokenizer, journal, on_event):
+        begun = has_begun(config, plan, shards, own, missing)
+        for shard in draw(config, plan, incomplete, own, engine, tokenizer, journal, on_event, begun=begun):
             missing[shard] -= 1
             if not missing[shard]:
                 finish(shard)
@@ -218,6 +221,13 @@ def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], pha
         else:
             missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(config, shard, phase))
     return missing
+
+
+def has_begun(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase, missing: Counter[int]) -> bool:
+    """Whether some samples of a phase are there already, so that its engine and settings have been seen to work."""
+    everything = sum(rows_of_shard(config, plan, shard) for shard in range(plan.num_shards)) * phase.count
+    refused = len(quarantined(Path(config.out))) * phase.count
+    return missing.total() < everything - refused
 
 
 def _wanted(config: GenerateConfig, shard: int, phase: Phase) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
@@ -277,15 +287,18 @@ def draw(
     tokenizer: Tokenizer | None,
     journal: Journal,
     on_event: Listener,
+    *,
+    begun: bool,
 ) -> Iterator[int]:
     """Draw what a phase still lacks; yields the shard of each request as it is answered.
 
     A finished sample is in the journal before anything else happens to it. A refused prompt is quarantined once
-    another request has been answered: refusals alone speak of the engine or its settings, and raise UserError.
+    another request has been answered, now or before (`begun`): refusals alone speak of the engine or its settings, and
+    raise UserError.
     """
     out = Path(config.out)
     refused: list[tuple[Refusal, int]] = []  # not yet believed, with their shards
-    answered = False
+    answered = begun
     written_by = _written_by(plan, phase)
     places: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -334,6 +347,7 @@ def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[R
     entries = read_journal(out / WORK / "journal", shard)
     refused, items = quarantined(out), shard_prompts(out, shard)
     carried = carried_responses(config, items)
+    left_out = carried_keys(config, items) - carried.keys()  # by the extended data set
     rows: list[Row] = []
     for row, item in enumerate(items):
         if item.prompt.prompt_id in refused:
@@ -342,6 +356,7 @@ def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[R
             carried.get(key) or grouping.drawn_completion(config.responses, entries[key], tokenizer)
             for phase in phases(config)
             for key in ((phase.source, row, k) for k in range(phase.count))
+            if key not in left_out
         ]
         given = [
             _already(carried, row, completion)
@@ -381,13 +396,11 @@ def judge_and_score(
     answers = iter(scorer.score(requests))
     scores = [[next(answers) for _ in completions] for completions in new]
     unscored = [next((score for score in of_row if isinstance(score, Unscored)), None) for of_row in scores]
-    if rows and all(unscored):
-        raise UserError(f"not one of {len(rows)} groups could be scored: {unscored[0].reason if unscored[0] else ''}")
+    failures = {row[0].prompt.prompt_id: f.reason for row, f in zip(rows, unscored, strict=True) if f is not None}
+    give_up(out, failures, len(rows) - len(failures), on_event)
     groups = []
     for (item, found), of_row, failed, futures in zip(rows, scores, unscored, verdicts, strict=True):
         if failed is not None:
-            quarantine(out, item.prompt.prompt_id, "reference", failed.reason)
-            on_event(Event("quarantined", "reference"))
             continue
         responses = []
         judged = zip(of_row, futures, strict=True)
@@ -400,6 +413,20 @@ def judge_and_score(
             on_event(Event("judged", response.completion.source, reward=response.verdict.reward))
         groups.append(Group(item.prompt, item.prompt_ids, tuple(responses)))
     return groups
+
+
+def give_up(out: Path, failures: Mapping[str, str], num_scored: int, on_event: Listener) -> None:
+    """Quarantine the prompts of a shard (id -> reason) that the engine could not score.
+
+    Raises UserError, and quarantines none, where that says more of the engine than of the prompts: no group of the
+    shard was scored, and there are several of them, or no shard was ever published.
+    """
+    doubtful = len(failures) > FEW or not any((out / DATA).glob("*.parquet"))
+    if failures and not num_scored and doubtful:
+        raise UserError(f"not one of {len(failures)} groups could be scored: {next(iter(failures.values()))}")
+    for prompt_id, reason in failures.items():
+        quarantine(out, prompt_id, "reference", reason)
+        on_event(Event("quarantined", "reference"))
 
 
 def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
@@ -426,6 +453,7 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
         prompts=plan.prompts,
         prompts_quarantined=len(refused),
         teacher_samples_left_out=expected - found,
+        derived=plan.derived,
         summary=summary,
         shards=complete,
     )

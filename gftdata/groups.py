@@ -49,21 +49,22 @@ def text_completion(
 ) -> Completion | None:
     """A text in the starting model's vocabulary; None where nothing is left of it, or where it is too long."""
     if responses.removes_thinking(source):
-        text = without_thinking(text)
+        text = without_thinking(text, cut=finish_reason == "length")
     ids = encode_response(tokenizer, text, ended=finish_reason != "length")
     if not text or not 0 < len(ids) <= responses.max_tokens:
         return None
     return Completion(source, text, ids, finish_reason, model, seed, None)
 
 
-def without_thinking(text: str) -> str:
+def without_thinking(text: str, *, cut: bool) -> str:
     """What follows the last `</think>`; nothing where thinking was begun and not ended.
 
-    Some chat templates open the thinking in the prompt, so that a response has only its end.
+    Some chat templates open the thinking in the prompt, so that a response has only its end, and one that was `cut`
+    has neither.
     """
     if THINK_END in text:
         return text.rpartition(THINK_END)[2].lstrip()
-    return "" if THINK_BEGIN in text else text
+    return "" if cut or THINK_BEGIN in text else text
 
 
 def drawn_completion(responses: ResponsesConfig, entry: Entry, tokenizer: Tokenizer) -> Completion | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from gftdata.errors import UserError, first_line
 
-PATHS = ("model", "path", "dataset", "reuse", "extend", "serves")
+PATHS = ("model", "path", "dataset", "reuse", "extend", "serves", "options")
+GENERIC_NAMES = ("model", "final")  # of folders, that tell no model from another
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -36,13 +37,13 @@ def shown_name(model: str) -> str:
     path = Path(model)
     if not path.is_dir():
         return model
-    return path.name if path.name not in ("model", "final") else f"{path.parent.name}/{path.name}"
+    return path.name if path.name not in GENERIC_NAMES else f"{path.parent.name}/{path.name}"
 
 
 def shareable(value: Any, key: str = "") -> Any:
-    """A recipe as it may be shared: absolute paths are cut to their last part, addresses are left out."""
+    """A recipe as it may be shared: absolute paths are cut to their last part. Whatever is in `options` may be one."""
     if isinstance(value, dict):
-        return {name: shareable(item, name) for name, item in value.items()}
+        return {name: shareable(item, key if key == "options" else name) for name, item in value.items()}
     if isinstance(value, list):
         return [shareable(item, key) for item in value]
     if key in PATHS and isinstance(value, str) and Path(value).is_absolute():

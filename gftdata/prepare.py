@@ -28,21 +28,26 @@ from gftdata.config import (
     recipe_differences,
 )
 from gftdata.errors import UserError
-from gftdata.extend import Place, carried_keys, check_extension, open_places
+from gftdata.extend import Place, carried_keys, check_extension, open_places, read_extended
 from gftdata.models import context_length, model_revision
 from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to_json, read_prompts
 from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
+from gftdata.reuse import find_data, template_of
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import (
     DATA,
+    MANIFEST,
     RECORD,
     WORK,
+    Derivation,
     ModelRecord,
     PromptCounts,
     TokenizerRecord,
     check_writable,
+    read_manifest,
     sha256_file,
     shard_name,
+    toolkit_version,
     write_atomic,
 )
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
@@ -90,6 +95,7 @@ class Plan(BaseModel):
     source_sha256: str | None  # of the prompt file, where there is one
     prompts: PromptCounts
     num_shards: int
+    derived: tuple[Derivation, ...]  # the data sets that are reused and extended
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,9 @@ class Preview:
     prompt_tokens: int  # of all prompts together
     given_tokens: int  # of expert demonstrations and given teacher responses
     sampled_responses: int  # to be drawn
-    carried_samples: int  # that the extended data set has already
+    carried_samples: int  # that the extended data set has already, or has left out
+    carried_groups: int  # of its groups: those that are in this data set
+    groups_left_behind: int  # and those that are not
     max_sampled_tokens: int  # if every sample ran to responses.max_tokens
 
 
@@ -125,6 +133,7 @@ def preview(config: GenerateConfig) -> Preview:
         while batch := list(islice(prompts, config.shards.groups_per_shard)):
             num_prompts += len(batch)
             carried += sum(k < wanted.get(source, 0) for source, _, k in carried_keys(config, batch))
+    extended = read_extended(config.extend) if config.extend is not None else None
     num_shards = math.ceil(num_prompts / config.shards.groups_per_shard)
     sampled = num_prompts * sum(wanted.values()) - carried
     return Preview(
@@ -135,6 +144,8 @@ def preview(config: GenerateConfig) -> Preview:
         given_tokens=survey.given_tokens,
         sampled_responses=sampled,
         carried_samples=carried,
+        carried_groups=survey.extended,
+        groups_left_behind=extended.manifest.summary.groups - survey.extended if extended else 0,
         max_sampled_tokens=sampled * config.responses.max_tokens,
     )
 
@@ -145,9 +156,10 @@ def preflight(config: GenerateConfig) -> Tokenizer:
     for phase in phases(config):
         check_engine(phase.engine)
     tokenizer = load_tokenizer(config.model)
-    if config.extend is not None:
+    out = Path(config.out)
+    if config.extend is not None and not (out / MANIFEST).is_file():
         check_extension(config, tokenizer_record(tokenizer), model_records(config))
-    check_output(config, Path(config.out), tokenizer)
+    check_output(config, out, tokenizer)
     return tokenizer
 
 
@@ -192,6 +204,11 @@ def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Non
         raise UserError(
             f"{out}: was begun with another tokenizer, chat template or end token of {config.model}; restore them, or "
             "name another folder (out)"
+        )
+    goes_on = config.extend if not (out / MANIFEST).is_file() else None
+    if goes_on is not None and read_extended(goes_on).sha256 != plan.derived[-1].sources[0]:
+        raise UserError(
+            f"{out}: was begun to extend another content of {goes_on}; restore that, or name another folder (out)"
         )
     source = source_sha256(config)
     if source is not None and source != plan.source_sha256:
@@ -268,9 +285,29 @@ def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Pl
         source_sha256=source_sha256(config),
         prompts=survey.counts(),
         num_shards=num_shards,
+        derived=_derivations(config, survey),
     )
     write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
     return plan
+
+
+def _derivations(config: GenerateConfig, survey: "Survey") -> tuple[Derivation, ...]:
+    """Where prompts and responses come from that are another data set's."""
+    steps: list[Derivation] = []
+    if config.prompts.reuse is not None:
+        folder = find_data(config.prompts.reuse)
+        template = template_of(read_manifest(folder))
+        steps.append(_derivation("reuse", {"template": template}, sha256_file(folder / MANIFEST)))
+    if config.extend is not None:
+        extended = read_extended(config.extend)
+        left_behind = extended.manifest.summary.groups - survey.extended
+        settings = {"groups_carried": survey.extended, "groups_left_behind": left_behind}
+        steps = [*extended.manifest.derived, *steps, _derivation("extend", settings, extended.sha256)]
+    return tuple(steps)
+
+
+def _derivation(by: str, settings: dict[str, Any], source: str) -> Derivation:
+    return Derivation(by=by, settings=settings, sources=(source,), toolkit_version=toolkit_version())
 
 
 def model_records(config: GenerateConfig) -> tuple[ModelRecord, ...]:
@@ -312,22 +349,14 @@ class Survey:
         self._read = self._too_long = self._given_missing = self._given_left_out = 0
         self._repeated = self._near = self._removed = self._contaminated = 0
         self.prompt_tokens = self.given_tokens = 0
+        self.extended = 0  # prompts that the extended data set has
 
     def prompts(self) -> Generator[ShardPrompt]:
         """Raises UserError as `read_prompts` does, where nothing fits, and where a group would not fit the model."""
-        config, limit = self._config, self._config.prompts.max_prompt_tokens
+        config = self._config
         wanted = sum(config.responses.given_counts.values())
-        with open_places(config.extend) as places, closing(self._distinct()) as distinct:
-            for prompt in distinct:
-                ids = self._encode(config.model, prompt, prompt.messages)
-                if len(ids) > limit:
-                    if config.prompts.on_too_long == "error":
-                        raise UserError(
-                            f"prompt {self._read} has {len(ids)} tokens, over prompts.max_prompt_tokens={limit}; raise "
-                            "it, or set prompts.on_too_long=skip to leave such prompts out"
-                        )
-                    self._too_long += 1
-                    continue
+        with open_places(config.extend) as places, closing(self._fitting()) as fitting:
+            for prompt, ids in fitting:
                 completions = grouping.given_completions(config.responses, prompt, self._tokenizer)
                 self._given_missing += wanted - len(prompt.given)
                 self._given_left_out += len(prompt.given) - len(completions)
@@ -338,22 +367,15 @@ class Survey:
                     if phase.source != SELF:
                         length = len(self._encode(phase.model, prompt, phase.messages(prompt)))
                         self._longest[phase.model] = max(self._longest[phase.model], length)
-                yield ShardPrompt(prompt, ids, places.find(prompt.prompt_id))
+                place = places.find(prompt.prompt_id)
+                self.extended += place is not None
+                yield ShardPrompt(prompt, ids, place)
         self._check_left()
-        for model, longest in self._longest.items():
-            context = context_length(model)
-            needed = longest + config.responses.max_tokens + (SGLANG_MARGIN if self._sglang else 0)
-            if context is not None and needed > context:
-                raise UserError(
-                    f"{model} holds {context} tokens, but the longest prompt has {longest} and "
-                    f"responses.max_tokens is {config.responses.max_tokens}"
-                    + (f", and SGLang keeps {SGLANG_MARGIN} for itself" if self._sglang else "")
-                    + "; lower that, or prompts.max_prompt_tokens"
-                )
+        self._check_context()
 
-    def _distinct(self) -> Generator[Prompt]:
-        """The prompts of the source without those that an evaluation has, and without duplicates if so configured."""
-        config = self._config
+    def _fitting(self) -> Generator[tuple[Prompt, TokenIds]]:
+        """The prompts with their ids, without those that an evaluation has, that are too long, or come again."""
+        config, limit = self._config, self._config.prompts.max_prompt_tokens
         needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
         contamination = Contamination(chain.from_iterable(read_eval_texts(part) for part in config.decontaminate))
         with ExitStack() as stack:
@@ -365,6 +387,15 @@ class Survey:
                 if contamination.found_in(text):
                     self._contaminated += 1
                     continue
+                ids = self._encode(config.model, prompt, prompt.messages)
+                if len(ids) > limit:
+                    if config.prompts.on_too_long == "error":
+                        raise UserError(
+                            f"prompt {self._read} has {len(ids)} tokens, over prompts.max_prompt_tokens={limit}; raise "
+                            "it, or set prompts.on_too_long=skip to leave such prompts out"
+                        )
+                    self._too_long += 1
+                    continue
                 repeated = is_repeated(prompt)
                 similar = near is not None and not repeated and near.is_near(text)
                 self._repeated += repeated
@@ -374,7 +405,19 @@ class Survey:
                 ):
                     self._removed += 1
                     continue
-                yield prompt
+                yield prompt, ids
+
+    def _check_context(self) -> None:
+        for model, longest in self._longest.items():
+            context = context_length(model)
+            needed = longest + self._config.responses.max_tokens + (SGLANG_MARGIN if self._sglang else 0)
+            if context is not None and needed > context:
+                raise UserError(
+                    f"{model} holds {context} tokens, but the longest prompt has {longest} and "
+                    f"responses.max_tokens is {self._config.responses.max_tokens}"
+                    + (f", and SGLang keeps {SGLANG_MARGIN} for itself" if self._sglang else "")
+                    + "; lower that, or prompts.max_prompt_tokens"
+                )
 
     def _check_left(self) -> None:
         reasons = {
@@ -387,6 +430,11 @@ class Survey:
         if self.counts().prompts == 0:
             said = ", ".join(reason for reason, count in reasons.items() if count)
             raise UserError(f"no prompt is left of {self._read}: {said}")
+        if self._config.extend is not None and not self.extended:
+            raise UserError(
+                f"{self._config.extend}: has none of these prompts, so there is nothing to extend: are template, "
+                "system message and ground truth the same?"
+            )
 
     def _encode(self, model: str, prompt: Prompt, messages: Sequence[Message]) -> TokenIds:
         try:

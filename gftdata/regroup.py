@@ -12,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gftdata.config import recipe_differences
 from gftdata.derive import Job, Source, make_job, read_source, read_table
 from gftdata.errors import UserError
+from gftdata.extend import RECIPES_DIFFER, comparable
 from gftdata.shards import Index, ModelRecord, PromptCounts, read_index
 
 Bools = npt.NDArray[np.bool_]
@@ -51,13 +53,15 @@ def plan_merge(
     changes = {
         "models": tuple(models.values()),
         "prompts": added_counts([manifest.prompts for manifest in manifests]),
-        "teacher_samples_left_out": sum(manifest.teacher_samples_left_out for manifest in manifests),
+        "teacher_samples_left_out": _added([manifest.teacher_samples_left_out for manifest in manifests]),
         "derived": tuple(step for manifest in manifests for step in manifest.derived),
     }
     left_out = {"whose prompt is in an earlier data set": repeated}
-    return _choose(
-        "merge", sources, out, {"duplicates": duplicates}, index, kept_G, left_out, groups_per_shard, changes
-    )
+    settings: dict[str, Any] = {"duplicates": duplicates}
+    first = comparable(manifests[0].recipe)
+    if differing := [d for m in manifests[1:] if (d := recipe_differences(first, comparable(m.recipe)))]:
+        settings[RECIPES_DIFFER] = differing
+    return _choose("merge", sources, out, settings, index, kept_G, left_out, groups_per_shard, changes)
 
 
 def check_same_kind(sources: Sequence[Source]) -> None:
@@ -91,7 +95,19 @@ def _kind(source: Source) -> dict[str, str]:
 def added_counts(counts: Sequence[PromptCounts]) -> PromptCounts:
     """Field by field; what one data set did not count (None) is not known of all together."""
     fields = {name: [getattr(count, name) for count in counts] for name in PromptCounts.model_fields}
-    return PromptCounts.model_validate({name: None if None in v else sum(v) for name, v in fields.items()})
+    return PromptCounts.model_validate({name: _added(values) for name, values in fields.items()})
+
+
+def _added(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def part_of(index: Index, kept_G: Bools) -> dict[str, Any]:
+    """The counts of a part of a data set: what became of rows before is said by the whole's manifest."""
+    kept = int(kept_G.sum())
+    counts = dict.fromkeys(PromptCounts.model_fields) | {"rows_read": kept, "prompts": kept}
+    return {"prompts": PromptCounts.model_validate(counts), "teacher_samples_left_out": None}
 
 
 def plan_filter(
@@ -125,7 +141,9 @@ def plan_filter(
         "whose rewards are all equal": int((in_range_G & silent_G).sum()),
     }
     settings = {"min_pass": min_pass, "max_pass": max_pass, "sources": sorted(names), "with_signal": with_signal}
-    return _choose("filter", [source], out, settings, index, in_range_G & ~silent_G, left_out, groups_per_shard)
+    kept_G = in_range_G & ~silent_G
+    changes = part_of(index, kept_G)
+    return _choose("filter", [source], out, settings, index, kept_G, left_out, groups_per_shard, changes)
 
 
 def pass_rates(index: Index, asked_R: Bools) -> npt.NDArray[np.float64]:
@@ -161,7 +179,8 @@ def plan_split(
     def side(name: str, out: Path, kept_G: Bools) -> Job:
         settings = {"share": share, "seed": seed, "side": name}
         left_out = {"on the other side": int((~kept_G).sum())}
-        return _choose("split", [source], out, settings, index, kept_G, left_out, groups_per_shard)
+        changes = part_of(index, kept_G)
+        return _choose("split", [source], out, settings, index, kept_G, left_out, groups_per_shard, changes)
 
     return side("a", out_a, in_a_G), side("b", out_b, ~in_a_G)
 
@@ -197,5 +216,5 @@ def _choose(
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
         raise UserError(f"{out}: none of {index.num_groups:,} groups would be in it ({reasons}); ask for less")
     parts = [groups[start : start + size] for start in range(0, len(groups), size)]
-    cut = settings | {"groups_per_shard": size}
+    cut = settings | {"groups_per_shard": size, "left_out": {name: n for name, n in left_out.items() if n}}
     return make_job(by, sources, out, cut, index, parts, changes or {}, left_out=left_out)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from gftdata.errors import UserError, first_line
 from gftdata.schema import check_schema
-from gftdata.shards import DATA, MANIFEST, read_manifest
+from gftdata.shards import DATA, MANIFEST, Manifest, read_manifest
 from gftdata.types import GivenText, Message, Prompt
 
 COLUMNS = (
@@ -55,13 +55,20 @@ def reused_prompts(name: str, given: Mapping[str, tuple[str, int]]) -> Iterator[
     """
     folder = find_data(name)
     manifest = read_manifest(folder)
-    there = [source.source for source in manifest.summary.sources]
+    there, template = [source.source for source in manifest.summary.sources], template_of(manifest)
     for source, (origin, _) in given.items():
         if origin not in there:
             raise UserError(f"{name}: holds no responses of `{origin}` (for {source}); it has: {', '.join(there)}")
     for record in manifest.shards:
         for row in _rows(folder / DATA / record.name):
-            yield _to_prompt(row, given)
+            yield _to_prompt(row, given, template)
+
+
+def template_of(manifest: Manifest) -> str | None:
+    """The template that the data set's questions are in, also where it reused another's."""
+    template: str | None = manifest.recipe["prompts"]["template"]
+    reused: list[str | None] = [step.settings["template"] for step in manifest.derived if step.by == "reuse"]
+    return template if template is not None or not reused else reused[-1]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -76,7 +83,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         ) from None
 
 
-def _to_prompt(row: Mapping[str, Any], given: Mapping[str, tuple[str, int]]) -> Prompt:
+def _to_prompt(row: Mapping[str, Any], given: Mapping[str, tuple[str, int]], template: str | None) -> Prompt:
     texts: list[GivenText] = []
     for source, (origin, count) in given.items():
         of_origin = [k for k, name in enumerate(row["sources"]) if name == origin and row["responses"][k]]
@@ -93,5 +100,12 @@ def _to_prompt(row: Mapping[str, Any], given: Mapping[str, tuple[str, int]]) -> 
         data_source=row["data_source"],
         given=tuple(texts),
         extra=row["extra"],
-        question=messages[-1].content,
+        question=_question(messages[-1].content, template),
     )
+
+
+def _question(content: str, template: str | None) -> str:
+    """What was put into the template, where the text is of that form."""
+    before, _, after = (template or "{question}").partition("{question}")
+    fits = content.startswith(before) and content.endswith(after) and len(content) >= len(before) + len(after)
+    return content[len(before) : len(content) - len(after)] if fits else content

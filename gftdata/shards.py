@@ -67,19 +67,19 @@ class TokenizerRecord(BaseModel):
 
 
 class PromptCounts(BaseModel):
-    """What became of the rows of the prompt source and of given texts."""
+    """What became of the rows of the prompt source and of given texts. None: not known, as of a part of a data set."""
 
     model_config = RECORD
 
     rows_read: int
     prompts: int
-    prompts_too_long: int
-    duplicates: int  # rows whose messages and ground truth came before
-    near_duplicates: int | None  # other rows with almost the words of an earlier one; None: not looked for
-    duplicates_removed: int  # of both kinds, left out
-    contaminated: int  # left out: they share 8 words in a row with a text of an evaluation set
-    given_missing: int  # fewer given texts than the recipe asks for
-    given_left_out: int  # given texts over responses.max_tokens, or with nothing but thinking
+    prompts_too_long: int | None
+    duplicates: int | None  # rows whose messages and ground truth came before
+    near_duplicates: int | None  # other rows with almost the words of an earlier one; also None: not looked for
+    duplicates_removed: int | None  # of both kinds, left out
+    contaminated: int | None  # left out: they share 8 words in a row with a text of an evaluation set
+    given_missing: int | None  # fewer given texts than the recipe asks for
+    given_left_out: int | None  # given texts over responses.max_tokens, or with nothing but thinking
 
 
 class SourceSummary(BaseModel):
@@ -142,7 +142,7 @@ class Manifest(BaseModel):
     packages: dict[str, str]
     prompts: PromptCounts
     prompts_quarantined: int  # given up by the engine; quarantine.jsonl says why
-    teacher_samples_left_out: int  # drawn, but empty or over responses.max_tokens in this vocabulary
+    teacher_samples_left_out: int | None  # drawn, but empty or over responses.max_tokens in this vocabulary
     summary: Summary
     shards: tuple[ShardRecord, ...]
     derived: tuple[Derivation, ...] = ()  # oldest first; of a merge: its inputs', then itself

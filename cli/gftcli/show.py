@@ -54,8 +54,13 @@ def duration(seconds: float) -> str:
 def generation_plan(console: Console, config: "GenerateConfig", preview: "Preview") -> None:
     """What `gft generate` would do."""
     counts, responses = preview.prompts, config.responses
+    extension = {}
+    if config.extend is not None:
+        behind = f"{preview.groups_left_behind:,} of its groups are of other prompts and stay behind"
+        extension = {"extends": f"{preview.carried_groups:,} groups of {config.extend}; {behind}"}
     sources = [f"{responses.expert.count} expert"] if responses.expert.count else []
-    sources += [f"{t.count} {t.source} ({t.model or f'column {t.column}'})" for t in responses.teachers]
+    origins = [t.model or (f"column {t.column}" if t.column else f"reused {t.reused}") for t in responses.teachers]
+    sources += [f"{t.count} {t.source} ({origin})" for t, origin in zip(responses.teachers, origins, strict=True)]
     sources += [f"{responses.own.count} self"] if responses.own.count else []
     facts(
         console,
@@ -76,6 +81,7 @@ def generation_plan(console: Console, config: "GenerateConfig", preview: "Previe
             "engine": config.engine.name,
             "shards": f"{preview.num_shards}, {preview.shards_published} of them published already",
             "output": f"{config.out} (nothing was written)",
+            **extension,
         },
     )
 

@@ -9,7 +9,8 @@ answer are is the engine's own affair.
     UserError  nothing will be answered: everything ends
 
 A failure that may be the request's own counts against it, and after TRIES of them it is given up, provided that other
-requests were answered meanwhile. When nobody has had a valid answer for `give_up_after_s`, everything ends.
+requests were answered meanwhile. When nobody has had a valid answer for `give_up_after_s`, everything ends, unless the
+engine can tell that its servers are well (`is_well`): then those requests are to blame that have failed so often.
 """
 
 import asyncio
@@ -71,6 +72,7 @@ class _Job:
     failures: int = 0
     counted: int = 0
     answers_before: int = 0  # of all requests, at the first failure
+    last_failure: str = ""
     task: "asyncio.Task[None] | None" = None
 
 
@@ -86,13 +88,21 @@ class Remote:
     """Keeps requests to `urls` going, `max_in_flight` at a time over all threads that call. Close it."""
 
     def __init__(
-        self, name: str, urls: Sequence[str], *, max_in_flight: int, timeout_s: float, give_up_after_s: float
+        self,
+        name: str,
+        urls: Sequence[str],
+        *,
+        max_in_flight: int,
+        timeout_s: float,
+        give_up_after_s: float,
+        is_well: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._name = name
         self._urls = tuple(urls)
         self._max_in_flight = max_in_flight
         self._give_up_after_s = give_up_after_s
         self._attempt_s = min(timeout_s, give_up_after_s)  # a server that hangs must be found out before the end
+        self._is_well = is_well
         self._stopped = False  # whether the loop takes nothing more
         self._lock = threading.Lock()  # of `_stopped`
         self._closing = threading.Lock()
@@ -103,8 +113,9 @@ class Remote:
         self._answers = 0
         self._held: dict[str, float] = {}  # URL -> until when its server wants to be left alone
         self._down: dict[str, float] = {}  # URL -> until when its server is passed over
-        self._alarm: asyncio.TimerHandle | None = None  # set from the first failure since the last answer
-        self._last_failure = ""
+        self._alarm: asyncio.TimerHandle | None = None  # set while requests are out, from the last answer on
+        self._last_failure = "no answer"
+        self._deciding: asyncio.Task[None] | None = None
         self._gone: Exception | None = None  # why nothing will be answered any more
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-requests", daemon=True)
@@ -199,7 +210,7 @@ class Remote:
     def _forget(self, job: _Job) -> None:
         self._jobs.discard(job)
         self._failing.discard(job)
-        if not self._failing:
+        if not self._jobs:
             self._calm()
 
     def _drop(self, jobs: Iterable[_Job]) -> None:
@@ -250,6 +261,8 @@ class Remote:
                 url, wait = self._choose(job)
                 if wait > 0:  # it has asked to be left alone meanwhile
                     continue
+                if self._alarm is None:
+                    self._set_alarm()
                 try:
                     answer = await self._ask(job, url)
                 except Failed as error:
@@ -259,7 +272,7 @@ class Remote:
                     raise UserError(f"engine {self._name}: {shown(url)}: {error}") from None
                 self._answers += 1
                 self._down.pop(url, None)
-                self._calm()
+                self._set_alarm()
                 return answer
 
     async def _ask(self, job: _Job, url: str) -> Any:
@@ -295,9 +308,12 @@ class Remote:
         job.failures += 1
         job.counted += error.counts
         self._failing.add(job)
+        job.last_failure = str(error)
         self._last_failure = f"{shown(url)}: {error}"
-        if self._alarm is None:
-            self._alarm = self._loop.call_later(self._give_up_after_s, self._give_up)
+
+    def _set_alarm(self) -> None:
+        self._calm()
+        self._alarm = self._loop.call_later(self._give_up_after_s, self._give_up)
 
     def _calm(self) -> None:
         if self._alarm is not None:
@@ -305,6 +321,22 @@ class Remote:
             self._alarm = None
 
     def _give_up(self) -> None:
+        self._alarm = None
+        self._deciding = self._loop.create_task(self._decide())
+
+    async def _decide(self) -> None:
+        """Nothing was answered for so long: are requests to blame, or the servers?"""
+        if self._is_well is not None and await self._is_well():
+            blamed = [j for j in self._failing if j.counted >= TRIES and j.task is not None and not j.task.done()]
+        else:
+            blamed = []
+        if blamed:
+            for job in blamed:
+                reason = UserError(f"given up after {job.counted} tries: {job.last_failure}")
+                job.events.put((job, _Event("outcome", reason)))
+            self._drop(blamed)
+            self._set_alarm()
+            return
         where = "it" if len(self._urls) == 1 else f"any of {len(self._urls)} servers"
         self._end(
             UserError(

@@ -7,18 +7,29 @@ server, and within it to the same replica, where the prompt is computed once; af
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from gftdata.config import ServerConfig
-from gftdata.engines.remote import CONNECT_S, Failed, Remote, check_url, message_of, of_status, of_transport, quoted
+from gftdata.engines.remote import (
+    CONNECT_S,
+    Failed,
+    Refused,
+    Remote,
+    check_url,
+    message_of,
+    of_status,
+    of_transport,
+    quoted,
+    shown,
+)
 from gftdata.engines.sglang_api import (
-    OtherTokensError,
+    BadAnswerError,
     failure_of,
     prompt_number,
     sampling_arguments,
@@ -28,6 +39,7 @@ from gftdata.engines.sglang_api import (
 )
 from gftdata.engines.sglang_worker import reduced
 from gftdata.errors import UserError
+from gftdata.models import GENERIC_NAMES, model_revision
 from gftdata.tokens import Tokenizer
 from gftdata.types import LogProbs, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, TokenIds, Unscored
 
@@ -72,6 +84,7 @@ class ServerEngine:
             max_in_flight=config.max_in_flight,
             timeout_s=config.timeout_s,
             give_up_after_s=config.give_up_after_s,
+            is_well=self._is_well,
         )
         try:
             self._servers = self._remote.run(self._meet(config.give_up_after_s))
@@ -110,10 +123,7 @@ class ServerEngine:
                     raise Failed(f"{len(ids)} tokens, where 1 to {sampling.max_tokens} were asked for", counts=True)
                 if how not in ("stop", "length"):
                     raise Failed(f"it ended with {quoted(str(how))}", counts=True)
-                sample = to_sample(self.tokenizer, request, answer, honours_seeds=seeded)
-            if not np.isfinite(sample.behavior_logprobs).all():
-                raise Failed("a log-prob is not finite", counts=True)
-            return sample
+                return to_sample(self.tokenizer, request, answer, honours_seeds=seeded)
 
         for request, answer in self._remote.stream(requests, ask, lambda r: prompt_number(r.prompt_ids)):
             yield Refusal(request, str(answer)) if isinstance(answer, UserError) else answer
@@ -127,16 +137,22 @@ class ServerEngine:
             arguments = scoring_arguments(request) | self._replica(url, request.prompt_ids)
             result = await self._json("POST", f"{url}/generate", arguments)
             with _reading():
-                found = scored(request, _answer(result))
-            if isinstance(found, Unscored):
-                raise Failed(found.reason, counts=True)
-            return found
+                return scored(request, _answer(result))
 
         for (i, _), answer in self._remote.stream(
             enumerate(requests), ask, lambda item: prompt_number(item[1].prompt_ids)
         ):
             scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else answer
         return scores
+
+    async def _is_well(self) -> bool:
+        """Whether a server generates, which it does here for its own request."""
+        for url in self._urls:
+            with suppress(Failed, Refused, UserError, TimeoutError, OSError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._ask("GET", f"{url}/health_generate")
+                    return True
+        return False
 
     def _replica(self, url: str, prompt_ids: TokenIds) -> dict[str, int]:
         """The rank within a server must not follow from the server's own number, or some would get nothing."""
@@ -178,11 +194,11 @@ class ServerEngine:
             found: Server = await looks(self._look, min(LOOK_S, patience_s), url)
         except Failed as error:
             raise UserError(
-                f"engine server: {url} is not up after {patience_s:g} s: {error}; start it "
+                f"engine server: {shown(url)} is not up after {patience_s:g} s: {error}; start it "
                 "(python -m sglang.launch_server --model-path ...), or take it out of engine.urls"
             ) from None
         except UserError as error:
-            raise UserError(f"engine server: {url}: {error}") from None
+            raise UserError(f"engine server: {shown(url)}: {error}") from None
         return found
 
     async def _look(self, seconds: float, url: str) -> Server:
@@ -229,21 +245,33 @@ def check_urls(config: ServerConfig) -> list[str]:
 
 
 def check_models(model: str, serves: str | None, servers: Mapping[str, Server]) -> None:
-    """Raise UserError unless every server has the config's model, and all the same one."""
+    """Raise UserError unless every server has the config's model, and all the same one.
+
+    A folder may stand elsewhere on the server's machine: its name is enough, unless it is one that every run has.
+    Where the server's folder is here too, its weights are looked at.
+    """
     for url, server in servers.items():
         known = {server.model_path, server.served_name}
-        if model not in known and _last(model) != _last(server.model_path) and serves not in known:
+        if Path(model).is_dir() and Path(server.model_path).is_dir():
+            if model_revision(model) != model_revision(server.model_path):
+                raise UserError(
+                    f"engine server: {shown(url)} serves {server.model_path}, whose weights are not those of {model}; "
+                    "restart it with the config's model"
+                )
+            continue
+        same_name = _last(model) == _last(server.model_path) and _last(model) not in GENERIC_NAMES
+        if model not in known and not same_name and serves not in known:
             named = f" (and engine.serves is {serves})" if serves else ""
             raise UserError(
-                f"engine server: {url} serves {server.model_path}, and the config's model is {model}{named}; "
+                f"engine server: {shown(url)} serves {server.model_path}, and the config's model is {model}{named}; "
                 f"if they are the same, set engine.serves to {server.model_path}"
             )
     first_url, first = next(iter(servers.items()))
     for url, server in servers.items():
         if server.weights != first.weights:
             raise UserError(
-                f"engine server: {first_url} serves {first.model_path} {first.weights}, and {url} {server.model_path} "
-                f"{server.weights}: engine.urls must all serve the same model"
+                f"engine server: {shown(first_url)} serves {first.model_path} {first.weights}, and {shown(url)} "
+                f"{server.model_path} {server.weights}: engine.urls must all serve the same model"
             )
 
 
@@ -264,7 +292,7 @@ def _reading() -> Iterator[None]:
     """What cannot be read as an answer is none."""
     try:
         yield
-    except OtherTokensError as error:
+    except BadAnswerError as error:
         raise Failed(str(error), counts=True) from None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         found = f"{type(error).__name__}: {quoted(str(error))}"

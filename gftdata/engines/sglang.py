@@ -21,8 +21,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ import numpy.typing as npt
 
 from gftdata.config import SglangConfig
 from gftdata.engines.sglang_api import (
-    OtherTokensError,
+    BadAnswerError,
     failure_of,
     prompt_number,
     sampling_arguments,
@@ -60,6 +61,7 @@ SUSPECT_AFTER = 2  # deaths: the first may have had any cause
 STOP_S = 20.0  # how long an idle engine may take to end by itself
 
 Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 class EngineDied(Exception):
@@ -71,7 +73,8 @@ class _Job:
     """A request on its way: what to send, where its answer goes, how often it has failed."""
 
     arguments: Mapping[str, Any]
-    answers: "queue.SimpleQueue[tuple[_Job, dict[str, Any] | UserError]]"
+    read: Callable[[dict[str, Any]], Any]
+    answers: "queue.SimpleQueue[tuple[_Job, Any]]"  # what was read, or a UserError
     failures: list[str] = field(default_factory=list)
     deaths: int = 0  # of the engine, while it was there
 
@@ -123,13 +126,11 @@ class SglangEngine:
             asked = sampling_arguments(self.tokenizer, sampling, request, honours_seeds=self.honours_seeds)
             return asked | self._replica(request.prompt_ids)
 
-        for request, answer in self._stream(requests, arguments):
-            if isinstance(answer, UserError):
-                yield Refusal(request, str(answer))
-            else:
-                with _supported():
-                    sample = to_sample(self.tokenizer, request, answer, honours_seeds=self.honours_seeds)
-                yield sample
+        def read(request: SampleRequest, answer: dict[str, Any]) -> Sample:
+            return to_sample(self.tokenizer, request, answer, honours_seeds=self.honours_seeds)
+
+        for request, answer in self._stream(requests, arguments, read):
+            yield Refusal(request, str(answer)) if isinstance(answer, UserError) else answer
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs | Unscored]:
         """log pi of given response tokens at temperature 1, by a prefill of prompt + response. See `Scorer`."""
@@ -140,9 +141,11 @@ class SglangEngine:
             _, request = item
             return scoring_arguments(request) | self._replica(request.prompt_ids)
 
-        for (i, request), answer in self._stream(numbered, arguments):
-            with _supported():
-                scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else scored(request, answer)
+        def read(item: tuple[int, ScoreRequest], answer: dict[str, Any]) -> LogProbs:
+            return scored(item[1], answer)
+
+        for (i, _), answer in self._stream(numbered, arguments, read):
+            scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else answer
         return scores
 
     def close(self) -> None:
@@ -165,10 +168,16 @@ class SglangEngine:
         return {"routed_dp_rank": prompt_number(prompt_ids) % replicas} if replicas > 1 else {}
 
     def _stream(
-        self, requests: Iterable[Request], arguments: Callable[[Request], dict[str, Any]]
-    ) -> Iterator[tuple[Request, dict[str, Any] | UserError]]:
-        """Keep `max_in_flight` requests with the engine; yield each with its answer as it is done."""
-        answers: queue.SimpleQueue[tuple[_Job, dict[str, Any] | UserError]] = queue.SimpleQueue()
+        self,
+        requests: Iterable[Request],
+        arguments: Callable[[Request], dict[str, Any]],
+        read: Callable[[Request, dict[str, Any]], Answer],
+    ) -> Iterator[tuple[Request, Answer | UserError]]:
+        """Keep `max_in_flight` requests with the engine; yield each with its answer as it is done.
+
+        `read` makes something of an answer, and raises BadAnswerError where it is none: the request is sent again.
+        """
+        answers: queue.SimpleQueue[tuple[_Job, Any]] = queue.SimpleQueue()
         waiting: dict[_Job, Request] = {}
         source = iter(requests)
         exhausted = False
@@ -180,7 +189,7 @@ class SglangEngine:
                     except StopIteration:
                         exhausted = True
                         break
-                    job = _Job(arguments(request), answers)
+                    job = _Job(arguments(request), partial(read, request), answers)
                     waiting[job] = request
                     self._submit(job)
                 if not waiting:
@@ -273,20 +282,20 @@ class SglangEngine:
                 message = json.loads(line)
                 if "ready" in message:
                     ready = True
-                    self._on_ready(process, message["ready"], first)
+                    self._on_ready(message["ready"], first)
                 else:
                     answered = True
                     self._on_answer(message)
         _kill_tree(process)
         self._outbox.put(None)
-        writer.join()
+        writer.join(STOP_S)  # a process outside the group might hold its pipe
         if not self._started:
             raise EngineDied(f"did not start: {self._last_words()}")
         if ready:  # otherwise it is the start that failed, and no request is to blame
             self._on_death(process)
         return answered
 
-    def _on_ready(self, process: "subprocess.Popen[bytes]", version: str, first: bool) -> None:
+    def _on_ready(self, version: str, first: bool) -> None:
         with self._lock:
             self._started = version
             self._up = True
@@ -298,9 +307,17 @@ class SglangEngine:
         number = message["id"]
         with self._lock:
             job = self._jobs.get(number)
-            if job is None:
+        if job is None:
+            return
+        failure, found = message.get("error") or failure_of(message["answer"]), None
+        if not failure:
+            try:
+                found = job.read(unpacked(message["answer"]))
+            except BadAnswerError as error:
+                failure = str(error)
+        with self._lock:
+            if number not in self._jobs:  # dropped meanwhile
                 return
-            failure = message.get("error") or failure_of(message["answer"])
             if failure and len(job.failures) + 1 < TRIES:
                 job.failures.append(failure)
                 self._send(number, job)
@@ -313,7 +330,7 @@ class SglangEngine:
                 self._tried.discard(number)
                 if not self._tried:
                     self._send_next()
-        job.answers.put((job, UserError(failure) if failure else unpacked(message["answer"])))
+        job.answers.put((job, UserError(failure) if failure else found))
 
     def _send_next(self) -> None:
         """The next few suspects, or, when all have been cleared, everything that waits."""
@@ -333,7 +350,7 @@ class SglangEngine:
                 self._jobs[number].deaths += 1
             if len(there) == 1 and self._jobs[there[0]].deaths >= TRIES:
                 given_up = self._jobs.pop(there[0])
-                given_up.failures.append(f"the engine died (exit code {process.returncode}): {self._last_words()}")
+                given_up.failures.append(f"the engine died (exit code {process.returncode}): {self._last_error()}")
             others = [number for number in self._suspects if number not in there]
             there = [n for n in there if n in self._jobs and self._jobs[n].deaths >= SUSPECT_AFTER]
             self._suspects = [*there, *others]
@@ -357,10 +374,13 @@ class SglangEngine:
 
     def _last_words(self) -> str:
         """The last error that the engine wrote, and where the rest is."""
+        return f"{self._last_error()} (all of it is in {self._log})"
+
+    def _last_error(self) -> str:
         lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
         said = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
         errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
-        return f"{(errors or said)[-1][:300]} (all of it is in {self._log})"
+        return (errors or said)[-1][:300]
 
 
 def unpacked(answer: dict[str, Any]) -> dict[str, Any]:
@@ -398,14 +418,6 @@ def check_python(config: SglangConfig) -> None:
             f"{config.python or sys.executable}: has no SGLang; install it in an environment of its own "
             "(pip install -c constraints-sglang.txt sglang) and name that one's interpreter as engine.python"
         )
-
-
-@contextmanager
-def _supported() -> Iterator[None]:
-    try:
-        yield
-    except OtherTokensError as error:
-        raise UserError(f"engine sglang: {error}; this version is not supported") from None
 
 
 def _kill_tree(process: "subprocess.Popen[bytes]") -> None:

@@ -18,12 +18,11 @@ from gftdata.types import (
     Sampling,
     ScoreRequest,
     TokenIds,
-    Unscored,
 )
 
 
-class OtherTokensError(Exception):
-    """An answer that speaks of other tokens than it should."""
+class BadAnswerError(Exception):
+    """An answer that speaks of other tokens than it should, or holds what is no log-prob."""
 
 
 def sampling_arguments(
@@ -73,24 +72,29 @@ def failure_of(answer: dict[str, Any]) -> str | None:
 
 
 def to_sample(tokenizer: Tokenizer, request: SampleRequest, answer: dict[str, Any], *, honours_seeds: bool) -> Sample:
-    """Raises OtherTokensError where the log-probs are not those of the sampled ids."""
+    """Raises BadAnswerError where the log-probs are not those of the sampled ids, or not finite."""
     ids = np.asarray(answer["output_ids"], dtype=np.int32)
     found, tokens = answer["output_token_logprobs"]
     if not np.array_equal(tokens, ids):
-        raise OtherTokensError("log-probs of other tokens than the sampled ones")
+        raise BadAnswerError(f"log-probs of other tokens than the sampled ones: {len(tokens)} of {len(ids)}")
     reason: FinishReason = "length" if answer["finish_reason"]["type"] == "length" else "stop"
     logprobs = np.asarray(found, dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise BadAnswerError("a log-prob is not finite")
     seed = int(request.seed) if honours_seeds else None
     return Sample(request, decode_response(tokenizer, ids), ids, logprobs, len(ids), reason, seed)
 
 
-def scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs | Unscored:
-    """The log-probs of a scoring answer: one None, then exactly the response's tokens, or OtherTokensError."""
+def scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
+    """The log-probs of a scoring answer: one None, then exactly the response's tokens, or BadAnswerError."""
     found, tokens = answer["input_token_logprobs"]
     logprobs = np.asarray(found, dtype=np.float32)  # None becomes NaN
     if len(logprobs) == 0 or not np.isnan(logprobs[0]) or not np.array_equal(tokens[1:], request.response_ids):
-        raise OtherTokensError("scored other tokens than the given ones")
+        first = "none" if len(logprobs) == 0 else f"{logprobs[0]:.3f}"
+        raise BadAnswerError(
+            f"scored other tokens than the given ones: {len(tokens)} of {len(request.response_ids) + 1}, first {first}"
+        )
     scores = logprobs[1:]
     if not np.isfinite(scores).all():
-        return Unscored("a log-prob is not finite")
+        raise BadAnswerError("a log-prob is not finite")
     return scores

@@ -151,6 +151,8 @@ def test_a_dry_run_names_them_too(decontaminate: list[dict[str, str]], said: str
         given_tokens=0,
         sampled_responses=1,
         carried_samples=0,
+        carried_groups=0,
+        groups_left_behind=0,
         max_sampled_tokens=1,
     )
     text = printed(show.generation_plan, config, preview)

@@ -1,6 +1,7 @@
 """Adding prompts and responses to a finished data set: what is there is not done again, the whole is as if new."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gftdata import extend
 from gftdata import generate as generation
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
+from gftdata.extend import number_samples
 from gftdata.generate import Event, generate
 from gftdata.groups import sample_seed
 from gftdata.pilot import run_pilot
@@ -121,12 +122,12 @@ def test_more_prompts_and_more_responses_are_all_that_is_done(
     run(make(extended, limit=12, own=3, other=3, extend=str(before)), done)
     planned = preview(make(extended, limit=12, own=3, other=3, extend=str(before)))
     carried = Counter(r.completion.source for group in groups_in(before) for r in group.responses)
-    assert planned.carried_samples == carried["self"] + carried["teacher:other"]
+    assert carried["teacher:other"] < 7 * 2, "some were left out, and are not asked for again"
+    assert (planned.carried_samples, planned.carried_groups, planned.groups_left_behind) == (7 * 4, 7, 0)
     assert planned.sampled_responses == 12 * 6 - planned.carried_samples
     assert verify(extended) == []
     assert done["self"] == 12 * 3 - carried["self"] == 12 * 3 - 7 * 2
-    # a teacher's sample that was left out is in no data set, and is drawn again
-    assert done["teacher:other"] == 12 * 3 - carried["teacher:other"]
+    assert done["teacher:other"] == 12 * 3 - 7 * 2
     responses = sum(len(group.responses) for group in groups_in(extended))
     assert done["judged"] == done["scored"] == responses - carried.total()
 
@@ -191,10 +192,11 @@ def test_a_new_teacher_is_drawn_for_all(make: MakeConfig, before: Path, tmp_path
 
 def test_samples_without_seeds_are_known_by_their_order() -> None:
     seeds = [int(sample_seed(5, "p", "self", k)) for k in range(4)]
-    known = extend._keys(5, "p", 3, ["expert", "t", "t", "self", "self"], [None, None, None, seeds[2], seeds[0]])
+    sources = ["expert", "t", "t", "self", "self"]
+    known = number_samples(5, "p", 3, sources, [None, None, None, seeds[2], seeds[0]], {"t": 2, "self": 4})
     assert known == [("expert", 3, 0), ("t", 3, 0), ("t", 3, 1), ("self", 3, 2), ("self", 3, 0)]
     # a foreign seed takes the first free number
-    known = extend._keys(5, "p", 0, ["self"] * 3, [seeds[0], 123, seeds[1]])
+    known = number_samples(5, "p", 0, ["self"] * 3, [seeds[0], 123, seeds[1]], {"self": 3})
     assert [k for *_, k in known] == [0, 2, 1]
 
 
@@ -236,3 +238,45 @@ def test_another_model_another_teacher_and_no_data_set_are_refused(
         with pytest.raises(UserError, match=said):
             generate(wrong)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_that_changed_meanwhile_is_not_mixed_in(make: MakeConfig, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    generate(make(source, limit=4, own=1, other=0))
+    config = make(out, limit=8, own=2, other=0, extend=str(source))
+
+    def stop(event: Event) -> None:
+        if event.kind == "sample":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, stop)
+    shutil.rmtree(source)
+    generate(make(source, limit=3, own=1, other=0))
+    with pytest.raises(UserError, match="was begun to extend another content"):
+        generate(config)
+
+
+def test_prompts_of_another_kind_have_nothing_to_extend(
+    make: MakeConfig, before: Path, tmp_path: Path, demo: Path
+) -> None:
+    prompts = {
+        "path": str(demo / "train.jsonl"),
+        "limit": 3,
+        "columns": {"ground_truth": "answer", "expert": "expert"},
+        "template": "{question}+",
+    }
+    with pytest.raises(UserError, match="has none of these prompts"):
+        generate(make(tmp_path / "out", limit=3, own=2, other=2, extend=str(before), prompts=prompts))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_extension_needs_its_source_no_more(make: MakeConfig, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    generate(make(source, limit=3, own=1, other=0))
+    config = make(tmp_path / "out", limit=5, own=1, other=0, extend=str(source))
+    finished = generate(config)
+    assert [step.by for step in finished.derived] == ["extend"]
+    assert finished.derived[0].settings == {"groups_carried": 3, "groups_left_behind": 0}
+    shutil.rmtree(source)
+    assert generate(config) == finished

@@ -40,6 +40,7 @@ def make(demo: Path, tmp_path: Path) -> Iterator[Make]:
 
     def config(*servers: FaultServer, **settings: Any) -> GenerateConfig:
         limits = {"timeout_s": 1.0, "give_up_after_s": 20.0, "max_in_flight": 8} | settings
+        serves = {"serves": "/models/demo/model"}
         asked = {"template": "{question}?", "system": "Add."}
         far = {"name": "openai", "base_url": f"{servers[0].url}/v1", "api_key_env": "FAR_KEY", **limits}
         data = {
@@ -58,7 +59,7 @@ def make(demo: Path, tmp_path: Path) -> Iterator[Make]:
                 ],
                 "self": {"count": 2},
             },
-            "engine": {"name": "server", "urls": [server.url for server in servers], **limits},
+            "engine": {"name": "server", "urls": [server.url for server in servers], **serves, **limits},
             "shards": {"groups_per_shard": 6},
         }
         return validate_config(GenerateConfig, data, "test")

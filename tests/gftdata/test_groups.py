@@ -27,7 +27,8 @@ from gftdata.types import GivenText, Message, Prompt
     ],
 )
 def test_thinking_is_removed(text: str, left: str) -> None:
-    assert without_thinking(text) == left
+    assert without_thinking(text, cut=False) == left
+    assert without_thinking(text, cut=True) == (left if "</think>" in text else "")
 
 
 def config_with(**responses: object) -> GenerateConfig:

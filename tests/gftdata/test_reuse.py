@@ -123,7 +123,7 @@ def test_what_the_reused_data_set_lacks_is_said(first: Path, demo: Path, tmp_pat
 def test_settings_that_cannot_apply_are_refused() -> None:
     base = {"model": "m", "out": "o", "prompts": {"reuse": "d"}}
     for change, said in [
-        ({"prompts": {"reuse": "d", "template": "{question}!"}}, "columns, template and system do not apply"),
+        ({"prompts": {"reuse": "d", "template": "{question}!"}}, "template cannot be set"),
         ({"prompts": {"reuse": "d", "path": "p"}}, "exactly one of path, dataset, reasoning_gym, reuse"),
         ({"responses": {"teachers": [{"name": "t", "column": "c"}]}}, "is a column, and prompts.reuse has none"),
         (

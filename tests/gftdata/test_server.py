@@ -482,3 +482,18 @@ def test_a_closed_engine_leaves_nothing_behind(open_server: Open) -> None:
         with pytest.raises(UserError, match="closed"):
             answered(engine, requests(5))
     assert not any(thread.name == "server-requests" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_what_always_fails_when_nothing_else_is_left(open_server: Open, well: bool) -> None:
+    """A server that generates for itself is not to blame; of one that does not, nobody knows."""
+    with FaultServer(fault=lambda body, _: ("status", 500, {}, "overflow") if index(body) == 2 else None) as faulty:
+        faulty.well = well
+        engine = open_server(faulty, give_up_after_s=2)
+        if well:
+            refused = answered(engine, requests(1, first=2))
+            assert list(refused) == ["p2"] and "answered 500: overflow" in refused["p2"]
+            assert answered(engine, requests(2)) == {}, "the engine goes on"
+        else:
+            with pytest.raises(UserError, match="the same command continues"):
+                answered(engine, requests(1, first=2))

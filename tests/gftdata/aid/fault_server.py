@@ -60,6 +60,7 @@ class FaultServer:
     seen: list[Seen] = field(default_factory=list)  # of POST requests
     most: int = 0  # requests in work at a time
     working: int = 0
+    well: bool = False  # whether it generates when asked how it is
     cut: int = 0  # requests whose client went away before the answer
 
     @property
@@ -170,7 +171,7 @@ class FaultServer:
 
     def about(self, path: str) -> Body | None:
         """What is told before anything is asked; None for what there is not."""
-        if path == "/health":
+        if path == "/health" or (path == "/health_generate" and self.well):
             return {}
         if path == "/model_info":
             return {"model_path": self.model_path, "is_generation": True} | self.model_info

@@ -104,14 +104,15 @@ def check_extension(config: GenerateConfig, tokenizer: TokenizerRecord, models: 
 def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what an extension may change. Prompts are compared one by one, by their ids."""
     free = ("prompts", "duplicates", "decontaminate", "extend", "responses", "shards")
-    responses = {name: value for name, value in recipe["responses"].items() if name != "teachers"}
+    asked = recipe.get("responses", {})
+    responses = {name: value for name, value in asked.items() if name != "teachers"}
     for source in ("expert", "self"):
-        responses[source] = {name: value for name, value in responses[source].items() if name != "count"}
+        responses[source] = {name: value for name, value in responses.get(source, {}).items() if name != "count"}
     rest = {name: value for name, value in recipe.items() if name not in free}
-    rest |= {"responses": responses, "shards": {"logprob_dtype": recipe["shards"]["logprob_dtype"]}}
+    rest |= {"responses": responses, "shards": {"logprob_dtype": recipe.get("shards", {}).get("logprob_dtype")}}
     teachers = {
         teacher["name"]: {name: value for name, value in teacher.items() if name != "count"}
-        for teacher in recipe["responses"]["teachers"]
+        for teacher in asked.get("teachers", [])
     }
     return {"rest": rest, "teachers": teachers}
 

@@ -150,6 +150,8 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
 
 
 def _duplicates(counts: "PromptCounts") -> str:
+    if counts.duplicates is None:
+        return "not counted for a part of a data set"
     near = "almost: not looked for" if counts.near_duplicates is None else f"{counts.near_duplicates:,} almost"
     return f"{counts.duplicates:,} rows came before word for word, {near}; {counts.duplicates_removed:,} left out"
 

@@ -673,7 +673,7 @@ def test_prompts_too_long_are_skipped_and_counted(small: MakeConfig, write_jsonl
         "prompts": 5,
         "prompts_too_long": 3,
         "duplicates": 0,
-        "near_duplicates": 2,  # two of the long ones: the same words
+        "near_duplicates": 0,
         "duplicates_removed": 0,
         "contaminated": 0,
         "given_missing": 0,

@@ -268,3 +268,16 @@ def test_a_mistake_in_an_engine_is_named_as_the_file_has_it(
     assert "unknown key `engine.option`; did you mean `options`?" in said
     said = refusal(one_line, write(tmp_path, MINIMAL | {"engine": {"name": "vllm"}}))
     assert "`engine.name`" in said and "'sglang'" in said and "'vllm'" in said
+
+
+def test_a_teacher_is_not_drawn_from_the_students_servers() -> None:
+    engine = {"name": "server", "urls": ["http://a:1"]}
+    data = {"model": "small", "out": "o", "prompts": {"path": "p", "columns": {"expert": "e"}}, "engine": engine}
+
+    def responses(**teacher: object) -> dict[str, object]:
+        return {"responses": {"teachers": [{"name": "t", **teacher}]}}
+
+    with pytest.raises(UserError, match="teacher:t needs an engine of its own"):
+        validate_config(GenerateConfig, data | responses(model="big"), "test")
+    for teacher in ({"model": "small"}, {"column": "c"}, {"model": "big", "engine": {"name": "hf"}}):
+        validate_config(GenerateConfig, data | responses(**teacher), "test")

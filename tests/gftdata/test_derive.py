@@ -500,6 +500,28 @@ def test_an_engine_that_scores_nothing_is_refused(
     assert not (tmp_path / "new").exists()
 
 
+def test_an_engine_that_fails_half_way_loses_no_shard(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: OneLine
+) -> None:
+    groups = [g for n in range(40) if (g := group(n)).responses and len(g.prompt_ids) != 2][:18]
+    data = build(tmp_path / "data", groups, (6, 6, 6))
+    as_if_of(data, demo / "model", monkeypatch)
+    calls = []
+
+    class Failing(Picky):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[LogProbs | Unscored]:
+            calls.append(len(requests))
+            return [Unscored("out of order")] * len(requests) if len(calls) == 2 else super().score(requests)
+
+    monkeypatch.setattr(deriving, "open_engine", lambda *_: Failing())
+
+    def plan() -> Job:
+        return plan_rescore(data, tmp_path / "new", rescore_config(demo / "model"))
+
+    assert "not one of 6 groups could be scored: out of order" in refusal(one_line, derive, plan())
+    assert derive(plan()).summary.groups == 18
+
+
 def test_a_model_that_reads_other_tokens_is_refused(
     generated: Path, demo: Path, other_model: Path, tmp_path: Path, one_line: OneLine
 ) -> None:

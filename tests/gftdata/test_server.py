@@ -1,5 +1,6 @@
 """The engine of SGLang servers, against a real HTTP server that fails on demand. tests/sglang meets the real one."""
 
+import shutil
 import threading
 import time
 from collections import Counter
@@ -451,6 +452,21 @@ def test_a_server_with_another_model(
             open_server(right, wrong, model="Qwen/Qwen3-8B", serves=serves)
         text = one_line(caught.value)
         assert wrong.url in text and "/data/x" in text and "Qwen/Qwen3-8B" in text and "set engine.serves" in text
+
+
+def test_a_folder_that_every_run_has_says_nothing(open_server: Open, demo: Path, tmp_path: Path) -> None:
+    """`final` of an earlier round, still being served, is not `final` of this one."""
+    stale = FaultServer(model_path="/runs/0/train/final")
+    with stale, pytest.raises(UserError, match=r"serves /runs/0/train/final"):
+        open_server(stale, model="/runs/1/train/final")
+    # both folders are here: their weights are compared
+    shutil.copytree(demo / "model", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("{}")
+    changed = FaultServer(model_path=str(tmp_path / "other"))
+    with changed, pytest.raises(UserError, match="whose weights are not those of"):
+        open_server(changed, model=str(demo / "model"), serves=str(tmp_path / "other"))
+    with FaultServer(model_path=str(demo / "model")) as right:
+        open_server(right, model=str(demo / "model"))
 
 
 def test_servers_with_different_weights(open_server: Open) -> None:

@@ -277,6 +277,21 @@ def test_a_response_that_cannot_be_scored_quarantines_its_prompt(
     assert "too long" in (out / "quarantine.jsonl").read_text()
 
 
+def test_a_refused_prompt_that_is_all_that_is_left_is_quarantined_again(
+    demo: Path, tmp_path: Path, fake: None, write_jsonl: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    """In an extension all others are carried over, and no answer tells that the engine is well."""
+    rows = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()[:20]]
+    rows[3]["question"] = "1-2-3="
+    path = write_jsonl(rows)
+    minus = tokenizer.backend.convert_tokens_to_ids("-")
+    first = with_prompts(config_of(demo, tmp_path / "a" / "data", error=[minus]), path)
+    assert generate(first).prompts_quarantined == 1
+    second = with_prompts(config_of(demo, tmp_path / "b" / "data", error=[minus]), path)
+    manifest = generate(second.model_copy(update={"extend": str(tmp_path / "a" / "data")}))
+    assert (manifest.summary.groups, manifest.prompts_quarantined) == (19, 1)
+
+
 @pytest.mark.parametrize("kind", ["error", "unscorable", "nan"])
 def test_an_engine_that_refuses_everything_quarantines_nothing(
     fake: None, demo: Path, tmp_path: Path, kind: str

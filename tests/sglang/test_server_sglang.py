@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
-from gftdata.config import OpenaiConfig, ServerConfig
+from gftdata.config import GenerateConfig, OpenaiConfig, ServerConfig, validate_config
 from gftdata.engines.endpoint import open_endpoint
 from gftdata.engines.server import ServerEngine, open_engine
 from gftdata.errors import UserError
+from gftdata.generate import Event, generate
+from gftdata.shards import verify
 from gftdata.tokens import encode_prompt, load_tokenizer
 from gftdata.types import Message, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Seed, Unscored
 
@@ -149,6 +152,56 @@ def test_the_same_server_as_an_endpoint_that_gives_text(
         assert isinstance(sample, Sample) and sample.finish_reason in ("stop", "length")
         assert sample.text == same[sample.request.prompt_id]
         assert sample.num_tokens > 0 and len(sample.response_ids) == 0
+
+
+def test_generate_draws_teacher_and_self_and_continues(
+    url: str, demo: Path, tmp_path: Path, naive_logprobs: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole pipeline on the server, its own endpoint as the teacher; stopped half way in the self phase."""
+    monkeypatch.setenv("GFT_TEST_KEY", "none")
+    limits = {"timeout_s": 120, "give_up_after_s": 240}
+    far = {"name": "openai", "base_url": f"{url}/v1", "api_key_env": "GFT_TEST_KEY", **limits}
+    settings = {
+        "model": str(demo / "model"),
+        "out": str(tmp_path / "data"),
+        "prompts": {
+            "path": str(demo / "train.jsonl"),
+            "columns": {"ground_truth": "answer", "expert": "expert"},
+            "limit": 12,
+        },
+        "reward": {"name": "numeric", "workers": 1},
+        "responses": {
+            "max_tokens": 48,
+            "teachers": [
+                {"name": "far", "model": "default", "engine": far, "count": 1, "sampling": {"temperature": 0.5}}
+            ],
+            "self": {"count": 3, "sampling": {"temperature": 0.7, "top_p": 0.9}},
+        },
+        "engine": {"name": "server", "urls": [url], **limits},
+        "shards": {"groups_per_shard": 4},
+    }
+    run = validate_config(GenerateConfig, settings, "test")
+    drawn: Counter[str] = Counter()
+
+    def listen(event: Event) -> None:
+        drawn[event.source] += event.kind == "sample"
+        if event.kind == "sample" and drawn["self"] == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(run, listen)
+    manifest = generate(run, listen)
+    assert (drawn["teacher:far"], drawn["self"]) == (12, 36), "what was there was not drawn again"
+    assert verify(tmp_path / "data") == [] and manifest.engine == "sglang 0.5.23 server"
+    differs = 0.0
+    for row in pl.read_parquet(tmp_path / "data" / "data" / "*.parquet").to_dicts():
+        assert row["sources"] == ["expert", "teacher:far", "self", "self", "self"]
+        for k, ids in enumerate(row["response_ids"]):
+            expected = naive_logprobs(demo / "model", row["prompt_ids"], ids)
+            np.testing.assert_allclose(row["ref_logprobs"][k], expected, atol=1e-3)
+            if row["behavior_logprobs"][k] is not None:
+                differs = max(differs, float(np.abs(np.array(row["behavior_logprobs"][k]) - expected).max()))
+    assert differs > 0.05
 
 
 def test_a_server_that_is_killed_ends_the_run_in_the_stated_time(

@@ -1,6 +1,6 @@
 """Output tokens per second of `gft generate` on SGLang, against the bare engine driven with the same requests.
 
-    python benchmarks/throughput.py --python .venv-sglang/bin/python --model MODEL [--pairs 7] [--cpu]
+    python benchmarks/throughput.py --python .venv-sglang/bin/python [--model MODEL --file PROMPTS] [--cpu]
 
 Ours has self samples, rewards, scoring and the writing of shards in it; the bare engine samples and scores. Both start
 their engine anew for each run, and starting is not counted. One pair is one run of each, in turn first; the ratio of a
@@ -39,7 +39,11 @@ def settings(options: argparse.Namespace, out: Path) -> Any:
         {
             "model": options.model,
             "out": str(out),
-            "prompts": {"reasoning_gym": {"task": "gsm_symbolic", "size": options.prompts}},
+            "prompts": {
+                "path": options.file,
+                "columns": {"question": "question", "ground_truth": "answer"},
+                "limit": options.prompts,
+            },
             "reward": {"name": "numeric", "workers": 1},
             "responses": {"expert": {"count": 0}, "self": {"count": options.samples}, "max_tokens": options.tokens},
             "engine": {
@@ -110,14 +114,15 @@ def run(command: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="interpreter that has SGLang")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="samples/demo/model")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--file", default="samples/demo/train.jsonl", help="prompts: question and answer")
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=48, help="at most, of a sample")
     parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--groups-per-shard", type=int, default=4)
+    parser.add_argument("--groups-per-shard", type=int, default=16)
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.python, options.model = str(Path(options.python).absolute()), str(Path(options.model).absolute())

@@ -263,9 +263,7 @@ class TeacherConfig(BaseModel):
     engine: TeacherEngineConfig | None = None  # what runs that model; default: the config's engine
     count: PositiveInt = 3
     sampling: SamplingConfig = SamplingConfig()
-    template: str | None = (
-        None  # how this model is asked, e.g. "{question} Think it over."; default: the prompt as it is
-    )
+    template: str | None = None  # how this model is asked, e.g. "{question} Think first."; default: as the prompt is
     system: str | None = None  # its system message, in place of the prompt's
     remove_thinking: bool = False  # leave out what stands before `</think>`
 

@@ -62,10 +62,14 @@ def read_extended(name: str) -> Extended:
     """Raises UserError where there is no finished data set of that name."""
     folder = find_data(name)
     manifest = read_manifest(folder)
-    responses = manifest.recipe["responses"]
-    counts = {TEACHER_PREFIX + t["name"]: t["count"] for t in responses["teachers"] if t["model"] is not None}
-    counts[SELF] = responses["self"]["count"]
-    return Extended(folder, manifest, sha256_file(folder / MANIFEST), counts)
+    return Extended(folder, manifest, sha256_file(folder / MANIFEST), drawn_counts(manifest.recipe))
+
+
+def drawn_counts(recipe: Mapping[str, Any]) -> dict[str, int]:
+    """Drawn source -> samples of each prompt."""
+    responses = recipe.get("responses", {})
+    counts = {TEACHER_PREFIX + t["name"]: t["count"] for t in responses.get("teachers", []) if t.get("model")}
+    return counts | {SELF: responses.get("self", {}).get("count", 0)}
 
 
 def check_extension(config: GenerateConfig, tokenizer: TokenizerRecord, models: Sequence[ModelRecord]) -> None:

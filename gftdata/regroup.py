@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gftdata.config import recipe_differences
 from gftdata.derive import Job, Source, make_job, read_source, read_table
 from gftdata.errors import UserError
-from gftdata.extend import RECIPES_DIFFER, comparable
+from gftdata.extend import RECIPES_DIFFER, comparable, drawn_counts
 from gftdata.shards import Index, ModelRecord, PromptCounts, read_index
 
 Bools = npt.NDArray[np.bool_]
@@ -58,8 +58,8 @@ def plan_merge(
     }
     left_out = {"whose prompt is in an earlier data set": repeated}
     settings: dict[str, Any] = {"duplicates": duplicates}
-    first = comparable(manifests[0].recipe)
-    if differing := [d for m in manifests[1:] if (d := recipe_differences(first, comparable(m.recipe)))]:
+    kinds = [comparable(m.recipe) | {"counts": drawn_counts(m.recipe)} for m in manifests]
+    if differing := [found for kind in kinds[1:] if (found := recipe_differences(kinds[0], kind))]:
         settings[RECIPES_DIFFER] = differing
     return _choose("merge", sources, out, settings, index, kept_G, left_out, groups_per_shard, changes)
 

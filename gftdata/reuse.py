@@ -5,6 +5,7 @@ the next round of the same one, can be trained on groups that exist.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from gftdata.shards import DATA, MANIFEST, Manifest, read_manifest
 from gftdata.types import GivenText, Message, Prompt
 
 COLUMNS = (
-    "prompt_id",
     "source_id",
     "prompt",
     "ground_truth",
@@ -39,6 +39,12 @@ def find_data(name: str) -> Path:
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such data set folder")
+    return _snapshot(name)
+
+
+@cache
+def _snapshot(name: str) -> Path:
+    """One look at the Hub in a run: what it has under that name may be another thing the next minute."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -66,7 +72,7 @@ def reused_prompts(name: str, given: Mapping[str, tuple[str, int]]) -> Iterator[
 
 def template_of(manifest: Manifest) -> str | None:
     """The template that the data set's questions are in, also where it reused another's."""
-    template: str | None = manifest.recipe["prompts"]["template"]
+    template: str | None = manifest.recipe.get("prompts", {}).get("template")
     reused: list[str | None] = [step.settings["template"] for step in manifest.derived if step.by == "reuse"]
     return template if template is not None or not reused else reused[-1]
 

@@ -5,10 +5,10 @@
     python benchmarks/kills.py $sglang --kills 3
     python benchmarks/kills.py $sglang --kills 2 --scheduler   # only its scheduler
 
-A life of the command ends at a moment drawn evenly from the time in which a whole run before had samples: from its
-first one to its end. Of each kill the table says what was in journals and shards then; every such sample must be in the
-finished data set as it was, and none may have been drawn a second time. A run that ends is checked and the next kill
-begins a new one.
+Three lives in four end at a moment drawn evenly from the time that a whole run took from its first sample on, counted
+from this life's own first sample; the others during their start. Of each kill the table says what was in journals and
+shards then; every such sample must be in the finished data set as it was, and none may have been drawn a second time. A
+run that ends is checked, and the next kill begins a new one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from gftdata.journal import read_journal
 from gftdata.shards import DATA, WORK, read_manifest, verify
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN, SHARD = 4, 8
+OWN, SHARD, MAX_TOKENS = 4, 8, 48
 Drawn = dict[tuple[str, str, int], tuple[str, tuple[int, ...]]]  # prompt, source, k -> text, ids
 
 CPU_SGLANG = {
@@ -62,7 +62,7 @@ def write_config(folder: Path, python: str | None, num_prompts: int) -> Path:
             "limit": num_prompts,
         },
         "reward": {"name": "exact", "workers": 1},
-        "responses": {"max_tokens": 48, "self": {"count": OWN}, "teachers": teachers},
+        "responses": {"max_tokens": MAX_TOKENS, "self": {"count": OWN}, "teachers": teachers},
         "engine": engine,
         "shards": {"groups_per_shard": SHARD},
     }
@@ -75,6 +75,11 @@ def start(config: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "sglang" / "aid"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "gftcli.main", "generate", str(config)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def journals(out: Path) -> set[str]:
+    """The attempts that have samples in a journal."""
+    return {path.stem for path in (out / WORK / "journal").rglob("*.jsonl")}
 
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
@@ -110,19 +115,21 @@ def drawn(out: Path) -> tuple[Drawn, int]:
             keys.update((record["source"], record["row"], record["k"]) for record in records)
         doubled += sum(count - 1 for count in keys.values())
         for (source, row, k), entry in read_journal(out / WORK / "journal", int(path.stem)).items():
-            found[ids[row], source, k] = entry.text, tuple(entry.response_ids.tolist())
+            found[ids[row], source, k] = entry.text, tuple(entry.response_ids.tolist()) if source == "self" else ()
     for path in sorted((out / DATA).glob("*.parquet")):
         found |= published(path)
     return found, doubled
 
 
 def published(path: Path) -> Drawn:
+    """Samples of a shard; a teacher's have other ids there, those of the starting model, and none are compared."""
     found: Drawn = {}
     for row in pq.read_table(path).to_pylist():
         seen: Counter[str] = Counter()
         for k, source in enumerate(row["sources"]):
-            if source == "self":
-                found[row["prompt_id"], source, seen[source]] = row["responses"][k], tuple(row["response_ids"][k])
+            ids = tuple(row["response_ids"][k]) if source == "self" else ()
+            if source != "expert":
+                found[row["prompt_id"], source, seen[source]] = row["responses"][k], ids
             seen[source] += 1
     return found
 
@@ -137,12 +144,17 @@ def check(out: Path, kept: list[Drawn], num_prompts: int) -> str:
         final |= published(out / DATA / record.name)
     ids = [row["prompt_id"] for row in rows]
     short = sum(Counter(row["sources"])["self"] != OWN or "expert" not in row["sources"] for row in rows)
-    changed = sum(key[1] == "self" and final.get(key) != value for safe in kept for key, value in safe.items())
+    # a teacher's text of nothing, or longer than the limit in the starting model's tokens, is left out
+    changed = sum(
+        final.get(key) != value and not (key[1] != "self" and not 0 < len(value[0]) < MAX_TOKENS)
+        for safe in kept
+        for key, value in safe.items()
+    )
     if problems or len(set(ids)) != len(ids) or len(ids) != num_prompts or short or changed:
         return (
             f"BAD: {problems} {len(ids)} rows, {len(set(ids))} prompts, {short} short groups, {changed} samples changed"
         )
-    return f"whole: {len(ids)} prompts once, {len(final)} self samples"
+    return f"whole: {len(ids)} prompts once, {len(final)} samples"
 
 
 def main() -> None:
@@ -159,7 +171,7 @@ def main() -> None:
         config, out = write_config(folder, options.python, options.prompts), folder / "data"
         began = time.monotonic()
         process = start(config)
-        while process.poll() is None and not any((out / WORK / "journal").rglob("*.jsonl")):
+        while process.poll() is None and not journals(out):
             time.sleep(0.05)
         first = time.monotonic() - began
         if code := process.wait():
@@ -170,30 +182,34 @@ def main() -> None:
         shutil.rmtree(out)
         print(f"{'kill':>4} {'after':>7} {'safe then':>10} {'drawn twice':>12}   state")
         failed = False
-        kills, kept = 0, []
+        kills, kept, work = 0, [], whole - first
         while True:
+            attempts, began = journals(out), time.monotonic()
             process = start(config)
-            pause = rng.uniform(first, whole)
+            in_start = rng.random() < 0.25 and not options.scheduler
+            while not in_start and process.poll() is None and journals(out) <= attempts:
+                time.sleep(0.05)
+            sampling = time.monotonic()
             try:
+                pause = rng.uniform(0, first if in_start else work)
                 code = process.wait(pause if kills < options.kills else None)
+                if not in_start:
+                    work = min(work, time.monotonic() - sampling)  # the machine has become faster
             except subprocess.TimeoutExpired:
-                if options.scheduler:
-                    if not kill_scheduler(process):
-                        kill_tree(process)
-                        continue  # it was not up yet
-                    kills += 1
-                    safe, doubled = drawn(out)
-                    kept.append(safe)
-                    print(f"{kills:>4} {pause:>5.1f} s {len(safe):>10} {doubled:>12}   scheduler killed", flush=True)
-                    code = process.wait()
-                else:
+                if options.scheduler and not kill_scheduler(process):
+                    sys.exit("the scheduler is not to be found")
+                if not options.scheduler:
                     kill_tree(process)
-                    kills += 1
-                    safe, doubled = drawn(out)
-                    kept.append(safe)
-                    failed |= doubled > 0
-                    print(f"{kills:>4} {pause:>5.1f} s {len(safe):>10} {doubled:>12}   killed", flush=True)
+                kills += 1
+                safe, doubled = drawn(out)
+                kept.append(safe)
+                failed |= doubled > 0
+                what = "scheduler killed" if options.scheduler else "killed"
+                after = time.monotonic() - began
+                print(f"{kills:>4} {after:>5.1f} s {len(safe):>10} {doubled:>12}   {what}", flush=True)
+                if not options.scheduler:
                     continue
+                code = process.wait()
             verdict = check(out, kept, options.prompts) if code == 0 else f"BAD: exit code {code}"
             failed |= verdict.startswith("BAD")
             print(f"{'':>36}   finished: {verdict}", flush=True)

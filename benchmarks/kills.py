@@ -193,7 +193,7 @@ def main() -> None:
             try:
                 pause = rng.uniform(0, first if in_start else work)
                 code = process.wait(pause if kills < options.kills else None)
-                if not in_start:
+                if not in_start and not attempts:  # a whole run
                     work = min(work, time.monotonic() - sampling)  # the machine has become faster
             except subprocess.TimeoutExpired:
                 if options.scheduler and not kill_scheduler(process):

@@ -357,6 +357,11 @@ class Index:
     def num_groups(self) -> int:
         return len(self.num_prompt_tokens)
 
+    def place_of(self, group: int) -> str:
+        """Where a group is, for people."""
+        row, row_group = self.row_of_group[group], self.row_group_of_group[group]
+        return f"row {row} of row group {row_group} in {self.paths[self.path_of_group[group]].name}"
+
 
 INDEX_COLUMNS = ["rewards", "sources", "num_tokens", "num_prompt_tokens"]
 

@@ -8,6 +8,14 @@ from gftdata.config import STRICT, HfConfig, PromptsConfig, RewardConfig, Sampli
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+SOURCES = ("expert", "teacher", "self")  # `teacher` is every teacher, `teacher:<name>` one
+
+
+def _check_sources(key: str, sources: tuple[str, ...]) -> None:
+    wrong = [s for s in sources if s not in SOURCES and not s.startswith("teacher:")]
+    if wrong or not sources:
+        raise ValueError(f"{key}: expected some of {', '.join(SOURCES)} or teacher:<name>, found {wrong or 'none'}")
 
 
 class ObjectiveConfig(BaseModel):
@@ -15,7 +23,7 @@ class ObjectiveConfig(BaseModel):
 
     model_config = STRICT
 
-    sources: tuple[str, ...] = ("expert", "teacher", "self")  # `teacher` is every teacher, `teacher:<name>` one
+    sources: tuple[str, ...] = SOURCES
     min_reward: float | None = None  # use only responses with at least this reward (RFT: 1)
     advantage: Literal["group", "one"] = "group"
     coefficient: Literal["rectified", "clipped_ratio"] = "rectified"
@@ -26,15 +34,16 @@ class ObjectiveConfig(BaseModel):
     old_policy: Literal["reference", "refreshed"] = "reference"  # clipped_ratio: whose log-probs the ratio is to
     refresh_every: PositiveInt = 8  # refreshed: the current model becomes the old policy every so many steps
     kl_coef: NonNegative = 0.0  # weight of an elementwise KL penalty to the stored reference
+    advantage_floor: Annotated[float, Field(lt=0)] | None = None  # no advantage below it; not the paper's: one wrong
+    # answer among eight gets -2.47, which is what this tames
 
     @model_validator(mode="after")
     def consistent(self) -> "ObjectiveConfig":
-        known = ("expert", "teacher", "self")
-        wrong = [s for s in self.sources if s not in known and not s.startswith("teacher:")]
-        if wrong or not self.sources:
-            raise ValueError(f"sources: expected some of {', '.join(known)} or teacher:<name>, found {wrong or 'none'}")
+        _check_sources("sources", self.sources)
         if self.min_reward is not None and self.advantage == "group":
             raise ValueError("min_reward leaves a group with equal rewards: set advantage to one")
+        if self.advantage_floor is not None and self.advantage == "one":
+            raise ValueError("advantage_floor is for group advantages; with advantage: one there is nothing below 0")
         return self
 
 
@@ -58,9 +67,54 @@ class BatchConfig(BaseModel):
     model_config = STRICT
 
     groups_per_step: PositiveInt = 64
-    micro_batch_tokens: PositiveInt = 8192  # tokens of one forward pass, padding included
-    layout: Literal["padded", "packed"] = "padded"  # packed: responses one after the other in one long row
+    micro_batch_tokens: PositiveInt = 8192  # tokens of one forward pass on one device, padding included
+    layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"  # shared_prefix: a prompt is computed once
+    # for all responses of its group; packed: with each of them; padded: a response a row, for models whose attention
+    # cannot be told what may see what
     shuffle_row_groups: PositiveInt = 16  # groups are mixed within so many row groups
+
+
+class FilterConfig(BaseModel):
+    """Which groups and responses of the data are looked at. What is left out here is not in N."""
+
+    model_config = STRICT
+
+    min_pass: Share = 0.0  # groups whose pass rate is lower are left out; bounds included
+    max_pass: Share = 1.0
+    pass_sources: tuple[str, ...] = ("self",)  # whose responses the pass rate is of
+    max_prompt_tokens: PositiveInt | None = None  # groups with a longer prompt are left out
+    max_response_tokens: PositiveInt | None = None  # longer responses are left out, before the advantages
+
+    @model_validator(mode="after")
+    def consistent(self) -> "FilterConfig":
+        if self.min_pass > self.max_pass:
+            raise ValueError(f"min_pass {self.min_pass} is above max_pass {self.max_pass}: nothing would be left")
+        _check_sources("pass_sources", self.pass_sources)
+        return self
+
+
+class LoraConfig(BaseModel):
+    """Low-rank adapters (arXiv:2106.09685), by peft: the base model stays frozen."""
+
+    model_config = STRICT
+
+    rank: PositiveInt = 32
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    targets: str | tuple[str, ...] = "all-linear"  # names of modules, or all linear ones but the head
+
+
+class TrainEvalConfig(BaseModel):
+    """An evaluation of the model in training, every so many steps. See `EvalConfig`."""
+
+    model_config = STRICT
+
+    every_steps: PositiveInt
+    prompts: PromptsConfig
+    reward: RewardConfig = RewardConfig()
+    num_samples: PositiveInt = 4
+    max_tokens: PositiveInt = 1024
+    sampling: SamplingConfig = SamplingConfig(temperature=0.5)
+    engine: HfConfig = HfConfig()
 
 
 class CheckpointConfig(BaseModel):
@@ -82,24 +136,35 @@ class TrainConfig(BaseModel):
     model_config = STRICT
 
     model: str  # the model that generated the data's self samples
-    data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]  # folders of gft generate
+    data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]  # folders of gft generate, or
+    # hf://datasets/<id> and s3://<bucket>/<path>
     out: str  # run folder
     objective: ObjectiveConfig = ObjectiveConfig()
+    filter: FilterConfig = FilterConfig()
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    lora: LoraConfig | None = None
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None  # stop earlier
     unjudged_groups: Literal["error", "skip"] = "error"  # groups of which no response could be judged
+    max_reference_gap: Annotated[float, Field(gt=0)] = 0.15  # nats a token: a run whose starting model is further from
+    # the stored reference log-probs, on average, does not start
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on a GPU
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more work
+    compile: bool = False  # torch.compile the decoder layers
+    reduce_once: bool = False  # several ranks: sum gradients once a step, not once a micro-batch; holds them whole
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
+    evaluation: TrainEvalConfig | None = None
     seed: int = 0
 
     def recipe(self) -> dict[str, Any]:
         """The settings that change the trained weights beyond rounding; a run resumes only where these are the same."""
-        computed = {"out": True, "device": True, "checkpoint": True, "gradient_checkpointing": True}
-        return self.model_dump(mode="json", exclude={**computed, "batch": {"micro_batch_tokens", "layout"}})
+        computed = ("out", "device", "checkpoint", "gradient_checkpointing", "compile", "reduce_once", "loggers")
+        watched = ("evaluation", "max_reference_gap")
+        left_out: dict[str, Any] = dict.fromkeys((*computed, *watched), True)
+        return self.model_dump(mode="json", exclude={**left_out, "batch": {"micro_batch_tokens", "layout"}})
 
 
 class EvalConfig(BaseModel):

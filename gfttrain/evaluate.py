@@ -20,6 +20,7 @@ from gftdata.shards import check_writable, write_atomic
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import Prompt, Sample, SampleRequest, Sampling, ScoreRequest, Verdict
 from gfttrain.config import EvalConfig
+from gfttrain.runs import finished_model
 
 # Top-p this small keeps the likeliest token alone, so greedy decoding is one more way to sample.
 GREEDY_TOP_P = 1e-9
@@ -82,14 +83,24 @@ def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) ->
 
 def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> EvalResult:
     """Sample, judge, count. Raises UserError for what the user can mend."""
-    resolve(config.reward.name)
+    config = config.model_copy(update={"model": finished_model(config.model)})
     tokenizer = load_tokenizer(config.model)
     if config.reference and load_tokenizer(config.reference).hash != tokenizer.hash:
         raise UserError(f"reference {config.reference}: has another tokenizer than {config.model}")
     if config.out:
         check_result_file(Path(config.out))
-    prompts, too_long = _prompts(config, tokenizer)
-    engine = open_engine(config.model, config.engine, tokenizer)
+    prompts, too_long = eval_prompts(config, tokenizer)
+    return evaluate_engine(config, open_engine(config.model, config.engine, tokenizer), prompts, too_long, on_event)
+
+
+def evaluate_engine(
+    config: EvalConfig,
+    engine: HfEngine,
+    prompts: Sequence[Prompt],
+    too_long: int,
+    on_event: Listener = lambda event: None,
+) -> EvalResult:
+    """`evaluate` with a model that is loaded already, on prompts of `eval_prompts`."""
     count = len(prompts) * (config.num_samples + config.greedy)
     on_event(Event("start", count=count))
     sampling = config.sampling.with_limit(config.max_tokens)
@@ -134,12 +145,14 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> Eva
         pass_at_1_stderr=float(np.nanstd(once_P, ddof=1) / math.sqrt(num_once)) if num_once > 1 else None,
         greedy=greedy,
         entropy=-sum(float(s.behavior_logprobs.sum(dtype=np.float64)) for s in drawn) / num_tokens if own else None,
-        kl=_kl(config, tokenizer, drawn, num_tokens) if config.reference else None,
+        kl=_kl(config, engine.tokenizer, drawn, num_tokens) if config.reference else None,
         answers=answers,
     )
 
 
-def _prompts(config: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
+def eval_prompts(config: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
+    """The prompts to evaluate on, and how many were too long."""
+    resolve(config.reward.name)
     needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
     read = list(read_prompts(config.prompts, {}, needs_ground_truth=needs_truth))
     limit = config.prompts.max_prompt_tokens

@@ -4,13 +4,15 @@ Names: `data/...` are statistics of the step's groups, known before the forward 
 come from the forward pass and exclude groups without signal, which are not computed.
 
 The mean of log pi - log pi_ref over stored responses is called a log-ratio, not a KL divergence: only on self samples
-drawn at temperature 1 and top-p 1 does its negative estimate KL(ref || pi).
+drawn at temperature 1 and top-p 1 does its negative estimate KL(ref || pi), reported there as `kl_ref_to_model`.
+
+Shapes: N tokens of a micro-batch, S sources, W bins of weights.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,30 @@ import numpy.typing as npt
 import torch
 
 from gftdata.shards import Index
+from gftdata.types import SELF
+from gfttrain.config import ObjectiveConfig
+from gfttrain.objective import is_clipped, is_rectified, rectified_coefficient
 from gfttrain.plan import Selection, Step
 
-Metrics = dict[str, float | int | None]
+Metrics = dict[str, float | int | list[int] | None]
+
+STALE_RATIOS = (0.8, 1.25)  # a self token whose pi / pi_ref leaves this range counts as stale
+WEIGHT_BINS = 16  # of the histograms of effective weights: [2^i, 2^(i+1)), the last open
 
 
 class TokenSums:
     """Sums over the response tokens of a step, kept on the device until they are asked for."""
 
-    def __init__(self, source_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, source_names: Sequence[str], objective: ObjectiveConfig, device: torch.device) -> None:
         self._sources = source_names
+        self._objective = objective
         # float64 does not exist on Apple's GPUs
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._totals_4 = torch.zeros(4, dtype=self._dtype, device=device)  # tokens, loss, rectified, entropy
-        self._by_source_S2 = torch.zeros(len(source_names), 2, dtype=self._dtype, device=device)  # tokens, log-ratio
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        size = 5 + 5 * len(source_names) + 2 * WEIGHT_BINS
+        self._all = torch.zeros(size, dtype=dtype, device=device)  # one vector: one reduction over ranks
+        self._totals_5, by_source, weights = self._all.split([5, 5 * len(source_names), 2 * WEIGHT_BINS])
+        self._by_source_S5 = by_source.view(-1, 5)
+        self._weights_2W = weights.view(2, -1)
 
     @torch.no_grad()
     def add(
@@ -40,29 +52,63 @@ class TokenSums:
         losses_N: torch.Tensor,
         logprobs_N: torch.Tensor,
         entropy_N: torch.Tensor,
+        advantages_N: torch.Tensor,
         ref_logprobs_N: torch.Tensor,
+        old_logprobs_N: torch.Tensor,
         source_codes_N: torch.Tensor,
-        tau: float,
     ) -> None:
         """Add one micro-batch's tokens."""
-        rectified_N = logprobs_N.exp() < tau
-        parts = (torch.ones_like(losses_N), losses_N, rectified_N, entropy_N)
-        self._totals_4 += torch.stack([part.to(self._dtype).sum() for part in parts])
-        log_ratio_N = (logprobs_N - ref_logprobs_N).to(self._dtype)
-        self._by_source_S2.index_add_(0, source_codes_N, torch.stack([torch.ones_like(log_ratio_N), log_ratio_N], 1))
+        objective, dtype = self._objective, self._all.dtype
+        one_N = torch.ones_like(losses_N)
+        rectified_N = is_rectified(logprobs_N, objective.tau)
+        clipped_N = torch.zeros_like(rectified_N)
+        if objective.coefficient == "clipped_ratio":
+            clipped_N = is_clipped(objective, logprobs_N, old_logprobs_N, advantages_N)
+        parts = (one_N, losses_N, rectified_N, entropy_N, clipped_N)
+        self._totals_5 += torch.stack([part.to(dtype).sum() for part in parts])
+        log_ratio_N = logprobs_N - ref_logprobs_N
+        low, high = STALE_RATIOS
+        stale_N = (log_ratio_N < math.log(low)) | (log_ratio_N > math.log(high))
+        kinds = (one_N, log_ratio_N, rectified_N, stale_N, entropy_N)
+        self._by_source_S5.index_add_(0, source_codes_N, torch.stack([kind.to(dtype) for kind in kinds], 1))
+        # log2 of 1/pi, and of C/pi after rectification
+        before_N = -logprobs_N / math.log(2)
+        after_N = before_N + rectified_coefficient(logprobs_N, objective.tau).log2()
+        for row, bits_N in zip(self._weights_2W, (before_N, after_N), strict=True):
+            # the nearest float below 2^i belongs to its bin: a weight of exactly 1 may come out as 2^-1e-8
+            bins_N = (bits_N + 1e-4).floor().clamp(0, WEIGHT_BINS - 1).long()
+            row.index_add_(0, bins_N, one_N.to(dtype))
 
-    def means(self, num_loss_tokens: int, *, rectified: bool) -> Metrics:
-        """loss (over N), and means over the tokens that were computed; None where there were none."""
-        tokens, loss, num_rectified, entropy = self._totals_4.tolist()
+    def means(self, num_loss_tokens: int, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Metrics:
+        """loss (over N), and means over the tokens that were computed; None where there were none.
+
+        `reduce` sums a vector over ranks, in place.
+        """
+        reduce(self._all)
+        tokens, loss, num_rectified, entropy, clipped = self._totals_5.tolist()
         metrics: Metrics = {
             "loss": loss / max(1, num_loss_tokens),
             "entropy": entropy / tokens if tokens else None,
         }
-        if rectified:
+        rectifies = self._objective.coefficient == "rectified"
+        if rectifies:
             metrics["rectified_fraction"] = num_rectified / tokens if tokens else None
-        for name, (count, log_ratio) in zip(self._sources, self._by_source_S2.tolist(), strict=True):
-            if count:
-                metrics[f"log_ratio/{name}"] = log_ratio / count
+        else:
+            metrics["clipped_fraction"] = clipped / tokens if tokens else None
+        for name, (count, ratio, rectified, stale, own_entropy) in zip(
+            self._sources, self._by_source_S5.tolist(), strict=True
+        ):
+            if not count:
+                continue
+            metrics[f"log_ratio/{name}"] = ratio / count
+            metrics[f"entropy/{name}"] = own_entropy / count
+            if rectifies:
+                metrics[f"rectified_fraction/{name}"] = rectified / count
+            if name == SELF:
+                metrics["stale_fraction"] = stale / count
+        if rectifies:
+            before, after = (row.long().tolist() for row in self._weights_2W)
+            metrics["weights_before"], metrics["weights_after"] = before, after
         metrics["computed_tokens"] = int(tokens)
         return metrics
 
@@ -83,7 +129,7 @@ def data_metrics(index: Index, selection: Selection, step: Step) -> Metrics:
     return metrics
 
 
-def append_line(path: Path, metrics: Metrics) -> None:
+def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     """One line of JSON; a value that is not finite becomes null, which JSON can say."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     with path.open("a", encoding="utf-8") as file:

@@ -18,7 +18,12 @@ def rectified_coefficient(logprobs_T: torch.Tensor, tau: float) -> torch.Tensor:
     arXiv:2508.05629).
     """
     probs_T = logprobs_T.detach().exp()
-    return torch.where(probs_T < tau, probs_T, torch.ones_like(probs_T))
+    return torch.where(is_rectified(logprobs_T, tau), probs_T, torch.ones_like(probs_T))
+
+
+def is_rectified(logprobs_T: torch.Tensor, tau: float) -> torch.Tensor:
+    """Which tokens' coefficient is pi: those below tau. Bool [T]."""
+    return logprobs_T.detach().exp() < tau
 
 
 def gft_token_losses(logprobs_T: torch.Tensor, advantages_T: torch.Tensor, tau: float) -> torch.Tensor:
@@ -37,6 +42,15 @@ def clipped_token_losses(
     ratios_T = (logprobs_T - old_logprobs_T).exp()
     clipped_T = ratios_T.clamp(1.0 - clip_low, 1.0 + clip_high)
     return -torch.minimum(ratios_T * advantages_T, clipped_T * advantages_T)
+
+
+def is_clipped(
+    objective: ObjectiveConfig, logprobs_T: torch.Tensor, old_logprobs_T: torch.Tensor, advantages_T: torch.Tensor
+) -> torch.Tensor:
+    """Which tokens the clipped ratio gives no gradient: too far already in the direction of the advantage. Bool [T]."""
+    ratios_T = (logprobs_T.detach() - old_logprobs_T).exp()
+    above_T = (ratios_T > 1.0 + objective.clip_high) & (advantages_T > 0)
+    return above_T | ((ratios_T < 1.0 - objective.clip_low) & (advantages_T < 0))
 
 
 def kl_token_penalties(logprobs_T: torch.Tensor, ref_logprobs_T: torch.Tensor) -> torch.Tensor:

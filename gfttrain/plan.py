@@ -1,11 +1,13 @@
-"""Pure: index, objective, seed, epochs -> the schedule (step -> groups and N), then its cut into micro-batches.
+"""Pure: index, objective, seed, epochs -> the schedule (step -> groups and N), and its layout on devices.
 
-The schedule does not know the device; its hash is in every checkpoint. Shapes: G groups, R responses.
+Two layers. The *schedule* is the same for any number of ranks; its hash is in every checkpoint. The *layout* cuts one
+step into micro-batches and deals them to the ranks; it does not change the update. Shapes: G groups, R responses.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +15,22 @@ import numpy.typing as npt
 from gftdata.errors import UserError
 from gftdata.shards import Index
 from gfttrain.advantage import segment_advantages
-from gfttrain.config import BatchConfig, ObjectiveConfig
+from gfttrain.config import BatchConfig, FilterConfig, ObjectiveConfig
+
+Ints = npt.NDArray[np.int64]
+Layout = Literal["shared_prefix", "packed", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """What the objective makes of each response and group."""
 
-    used_R: npt.NDArray[np.bool_]  # judged, and of a source that the objective uses
+    kept_G: npt.NDArray[np.bool_]  # what the filter leaves
+    used_R: npt.NDArray[np.bool_]  # judged, of a source that the objective uses, not too long, of a kept group
     advantages_R: npt.NDArray[np.float64]  # 0 where not used
     trained_R: npt.NDArray[np.bool_]  # goes through the model
     judged_G: npt.NDArray[np.bool_]  # some response could be judged
-    loss_tokens_G: npt.NDArray[np.int64]  # response tokens of the used responses
+    loss_tokens_G: Ints  # response tokens of the used responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,42 +38,65 @@ class Step:
     """One optimizer step."""
 
     epoch: int
-    groups: npt.NDArray[np.int64]  # indices into the Index
+    groups: Ints  # indices into the Index
     num_loss_tokens: int  # N
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One response to train on."""
+class Piece:
+    """A prompt with responses of its group that are computed together."""
 
     group: int  # index into the Index
-    response: int  # k within the group
-    length: int  # prompt and response tokens
-
-    @property
-    def key(self) -> str:
-        return f"{self.group}.{self.response}"
+    responses: tuple[int, ...]  # indices into the Index's responses
+    num_tokens: int  # positions it takes in a forward pass
+    cost: float  # FLOPs, forward and backward
 
 
-def select(index: Index, objective: ObjectiveConfig) -> Selection:
+Pack = tuple[Piece, ...]  # one micro-batch; empty where a rank has nothing to do
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of training, forward and backward, by what they grow with. `model.py` fills it in for a model."""
+
+    per_token: float  # a position through the layers
+    per_pair: float  # a query looking at a key, over all layers and heads
+    per_response_token: float  # a token through the head
+
+    def of(self, num_prompt: int, response_lengths: Sequence[int]) -> tuple[int, float]:
+        """Positions and FLOPs of a prompt and the responses to it, each of which goes in without its last token."""
+        inside = [length - 1 for length in response_lengths]
+        positions = num_prompt + sum(inside)
+        pairs = num_prompt * (num_prompt + 1) / 2 + sum(t * num_prompt + t * (t + 1) / 2 for t in inside)
+        flops = self.per_token * positions + self.per_pair * pairs + self.per_response_token * sum(response_lengths)
+        return positions, flops
+
+
+def select(index: Index, objective: ObjectiveConfig, kept: FilterConfig | None = None) -> Selection:
     """Which responses are used, with which advantages. See METHOD: null rewards and unused sources are left out first.
 
     Groups with A = 0 everywhere have no gradient: they count in N and are not computed, unless a KL penalty gives them
     one.
     """
-    wanted = np.array([_wanted(name, objective.sources) for name in index.source_names], dtype=bool)
+    kept = kept or FilterConfig()
+    group_R = np.repeat(np.arange(index.num_groups), np.diff(index.offsets))
     judged_R = np.isfinite(index.rewards)
-    used_R = judged_R & wanted[index.source_codes] if len(wanted) else judged_R
+    kept_G = _kept_groups(index, kept, group_R, judged_R)
+    used_R = judged_R & _of_sources(index, objective.sources) & kept_G[group_R]
+    if kept.max_response_tokens is not None:
+        used_R &= index.num_tokens <= kept.max_response_tokens
     if objective.min_reward is not None:
-        used_R = used_R & (np.nan_to_num(index.rewards, nan=-np.inf) >= objective.min_reward)
+        used_R &= np.nan_to_num(index.rewards, nan=-np.inf) >= objective.min_reward
     if objective.advantage == "group":
         advantages_R = segment_advantages(index.rewards, index.offsets, used_R)
     else:
         advantages_R = used_R.astype(np.float64)
-    group_R = np.repeat(np.arange(index.num_groups), np.diff(index.offsets))
+    if objective.advantage_floor is not None:
+        advantages_R = np.maximum(advantages_R, objective.advantage_floor)
     has_signal_G = np.bincount(group_R, weights=advantages_R != 0, minlength=index.num_groups) > 0
     trained_R = used_R if objective.kl_coef > 0 else used_R & has_signal_G[group_R]
     return Selection(
+        kept_G=kept_G,
         used_R=used_R,
         advantages_R=advantages_R,
         trained_R=trained_R,
@@ -76,12 +105,34 @@ def select(index: Index, objective: ObjectiveConfig) -> Selection:
     )
 
 
-def _sum_by(group_R: npt.NDArray[np.int64], values_R: npt.NDArray[np.int32], num_groups: int) -> npt.NDArray[np.int64]:
+def _kept_groups(
+    index: Index, kept: FilterConfig, group_R: Ints, judged_R: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    kept_G = np.ones(index.num_groups, dtype=bool)
+    if kept.max_prompt_tokens is not None:
+        kept_G &= index.num_prompt_tokens <= kept.max_prompt_tokens
+    if kept.min_pass > 0 or kept.max_pass < 1:
+        counted_R = judged_R & _of_sources(index, kept.pass_sources)
+        counts_G = np.bincount(group_R, weights=counted_R, minlength=index.num_groups)
+        passed_G = np.bincount(group_R, weights=counted_R & (index.rewards == 1.0), minlength=index.num_groups)
+        rate_G = np.divide(passed_G, counts_G, out=np.full(index.num_groups, np.nan), where=counts_G > 0)
+        kept_G &= (rate_G >= kept.min_pass) & (rate_G <= kept.max_pass)  # NaN, nothing judged, is left out
+    return kept_G
+
+
+def _sum_by(group_R: Ints, values_R: npt.NDArray[np.int32], num_groups: int) -> Ints:
     return np.bincount(group_R, weights=values_R, minlength=num_groups).astype(np.int64)
 
 
-def _wanted(source: str, sources: Sequence[str]) -> bool:
-    return source in sources or (source.startswith("teacher:") and "teacher" in sources)
+def _of_sources(index: Index, sources: Sequence[str]) -> npt.NDArray[np.bool_]:
+    wanted = [s in sources or (s.startswith("teacher:") and "teacher" in sources) for s in index.source_names]
+    return np.array(wanted, dtype=bool)[index.source_codes] if wanted else np.ones(len(index.source_codes), bool)
+
+
+def pass_rate(index: Index, sources: Sequence[str]) -> float | None:
+    """Share of the judged responses of these sources with reward 1; None where there is none."""
+    rewards = index.rewards[np.isfinite(index.rewards) & _of_sources(index, sources)]
+    return float((rewards == 1.0).mean()) if len(rewards) else None
 
 
 def check_selection(index: Index, selection: Selection, objective: ObjectiveConfig, *, skip_unjudged: bool) -> None:
@@ -90,13 +141,14 @@ def check_selection(index: Index, selection: Selection, objective: ObjectiveConf
     if teachers:
         found = ", ".join(index.source_names)
         raise UserError(f"objective.sources names {teachers[0]}, which the data does not have; it has {found}")
-    unjudged = int((~selection.judged_G).sum())
+    if not selection.kept_G.any():
+        raise UserError(f"filter leaves none of {index.num_groups} groups; widen filter.min_pass, max_pass or lengths")
+    unjudged_G = ~selection.judged_G & selection.kept_G
+    unjudged = int(unjudged_G.sum())
     if unjudged and not skip_unjudged:
-        first = int(np.flatnonzero(~selection.judged_G)[0])
         raise UserError(
-            f"{unjudged} of {index.num_groups} groups have no judged response (the first is row "
-            f"{index.row_of_group[first]} of row group {index.row_group_of_group[first]} in "
-            f"{index.paths[index.path_of_group[first]].name}); set unjudged_groups=skip to leave them out"
+            f"{unjudged} of {index.num_groups} groups have no judged response (the first is "
+            f"{index.place_of(int(np.flatnonzero(unjudged_G)[0]))}); set unjudged_groups=skip to leave them out"
         )
     if not selection.used_R.any():
         raise UserError(
@@ -108,6 +160,21 @@ def check_selection(index: Index, selection: Selection, objective: ObjectiveConf
         raise UserError(
             "no group has a training signal: in each, the rewards of the used responses are all equal or there is only "
             "one such response; use objective.advantage=one, more sources, or data of another difficulty"
+        )
+
+
+def check_context(index: Index, selection: Selection, max_positions: int | None) -> None:
+    """Raise UserError where a used prompt and response are longer than the model's context."""
+    if max_positions is None or not selection.used_R.any():
+        return
+    group_R = np.repeat(np.arange(index.num_groups), np.diff(index.offsets))
+    length_R = np.where(selection.used_R, index.num_prompt_tokens[group_R] + index.num_tokens, 0)
+    longest = int(length_R.argmax())
+    if length_R[longest] > max_positions:
+        raise UserError(
+            f"{int((length_R > max_positions).sum())} responses are, with their prompt, longer than the {max_positions}"
+            f" positions of the model (the longest, {length_R[longest]}, is of {index.place_of(int(group_R[longest]))})"
+            "; leave them out with filter.max_response_tokens and filter.max_prompt_tokens"
         )
 
 
@@ -123,10 +190,10 @@ def make_schedule(
 ) -> tuple[Step, ...]:
     """Every step of the run. A last, smaller step of an epoch is kept; groups without judged responses are left out."""
     steps: list[Step] = []
+    taken_G = selection.kept_G & selection.judged_G if skip_unjudged else selection.kept_G
     for epoch in range(epochs):
         order = shuffled_groups(index, batch.shuffle_row_groups, np.random.default_rng([seed, epoch]))
-        if skip_unjudged:
-            order = order[selection.judged_G[order]]
+        order = order[taken_G[order]]
         for start in range(0, len(order), batch.groups_per_step):
             if max_steps is not None and len(steps) == max_steps:
                 return tuple(steps)
@@ -135,7 +202,7 @@ def make_schedule(
     return tuple(steps)
 
 
-def shuffled_groups(index: Index, window: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def shuffled_groups(index: Index, window: int, rng: np.random.Generator) -> Ints:
     """All groups in random order, [G]: row groups are shuffled, then groups within windows of so many row groups.
 
     A reader that holds two windows decodes each row group once an epoch.
@@ -157,26 +224,135 @@ def schedule_hash(index: Index, selection: Selection, steps: Sequence[Step], sha
     return digest.hexdigest()
 
 
-def micro_batches(index: Index, selection: Selection, step: Step, batch: BatchConfig) -> list[list[Row]]:
-    """Cut a step's responses into forward passes of at most `micro_batch_tokens`, of like lengths together.
+def lay_out(
+    index: Index, selection: Selection, step: Step, batch: BatchConfig, cost: Cost, num_ranks: int = 1
+) -> tuple[tuple[Pack, ...], ...]:
+    """Cut a step into micro-batches of at most `micro_batch_tokens` and deal them to ranks: [rank][micro-batch].
 
-    A response longer than that is a micro-batch of its own.
+    Every rank gets the same number, filled up with empty ones, or FSDP would wait for ever. A response longer than the
+    limit is a micro-batch of its own.
     """
-    rows = [
-        Row(int(group), int(r - index.offsets[group]), int(index.num_prompt_tokens[group] + index.num_tokens[r]))
-        for group in step.groups
-        for r in range(index.offsets[group], index.offsets[group + 1])
-        if selection.trained_R[r]
-    ]
-    rows.sort(key=lambda row: -row.length)
-    cuts: list[list[Row]] = []
-    tokens = 0
-    for row in rows:
-        # rows come longest first, so a padded micro-batch is as wide as its first row
-        width = cuts[-1][0].length if cuts and batch.layout == "padded" else row.length
-        if not cuts or tokens + width > batch.micro_batch_tokens:
-            cuts.append([])
-            tokens, width = 0, row.length
-        cuts[-1].append(row)
-        tokens += width
-    return cuts
+    pieces = list(_pieces(index, selection, step, batch, cost))
+    if batch.layout == "padded":
+        return _deal(_padded_packs(pieces, batch.micro_batch_tokens), num_ranks)
+    return _deal(_packs(pieces, batch.micro_batch_tokens, num_ranks), num_ranks)
+
+
+def _pieces(index: Index, selection: Selection, step: Step, batch: BatchConfig, cost: Cost) -> Iterator[Piece]:
+    shared, limit = batch.layout == "shared_prefix", batch.micro_batch_tokens
+    for group in step.groups.tolist():
+        begin, end = index.offsets[group], index.offsets[group + 1]
+        responses = (begin + np.flatnonzero(selection.trained_R[begin:end])).tolist()
+        prompt = int(index.num_prompt_tokens[group])
+        lengths = index.num_tokens[responses].tolist()
+        start, positions = 0, prompt
+        for number, length in enumerate(lengths):
+            if number > start and (not shared or positions + length - 1 > limit):
+                yield Piece(group, tuple(responses[start:number]), *cost.of(prompt, lengths[start:number]))
+                start, positions = number, prompt
+            positions += length - 1
+        if responses:
+            yield Piece(group, tuple(responses[start:]), *cost.of(prompt, lengths[start:]))
+
+
+def _packs(pieces: Sequence[Piece], limit: int, multiple: int) -> list[Pack]:
+    """As few packs of at most `limit` positions as fit, of like cost, their number a multiple of `multiple`.
+
+    Longest-processing-time scheduling with a capacity: pieces in order of falling cost, each into the cheapest pack
+    that has room; where one finds none, everything again with more packs.
+    """
+    if not pieces:
+        return []
+    order = sorted(pieces, key=lambda piece: -piece.cost)
+    sizes = np.minimum([piece.num_tokens for piece in order], limit)
+    count = _up(max(1, -(-int(sizes.sum()) // limit)), multiple)
+    while True:
+        members: list[list[Piece]] = [[] for _ in range(count)]
+        costs, room = np.zeros(count), np.full(count, limit)
+        for piece, size in zip(order, sizes.tolist(), strict=True):
+            fits = room >= size
+            if not fits.any():
+                break
+            chosen = int(np.where(fits, costs, np.inf).argmin())
+            members[chosen].append(piece)
+            costs[chosen] += piece.cost
+            room[chosen] -= size
+        else:
+            return [tuple(pack) for pack in members if pack]
+        count += multiple
+
+
+def _padded_packs(pieces: Sequence[Piece], limit: int) -> list[Pack]:
+    """Responses of like lengths together, a row each, as wide as the longest."""
+    packs: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
+        if not packs or (len(packs[-1]) + 1) * packs[-1][0].num_tokens > limit:
+            packs.append([])
+        packs[-1].append(piece)
+    return [tuple(pack) for pack in packs]
+
+
+def _deal(packs: Sequence[Pack], num_ranks: int) -> tuple[tuple[Pack, ...], ...]:
+    """Packs to ranks, the dearest first, each to the rank that has least to do of those with a place left."""
+    places = _up(len(packs), num_ranks) // num_ranks
+    ranks: list[list[Pack]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for pack in sorted(packs, key=lambda pack: -_cost(pack)):
+        rank = min((r for r in range(num_ranks) if len(ranks[r]) < places), key=lambda r: loads[r])
+        ranks[rank].append(pack)
+        loads[rank] += _cost(pack)
+    return tuple(tuple(rank) + ((),) * (places - len(rank)) for rank in ranks)
+
+
+def _cost(pack: Pack) -> float:
+    return sum(piece.cost for piece in pack)
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutTotals:
+    """What a layout of some steps costs."""
+
+    micro_batches: int  # over all ranks, empty ones included
+    computed_positions: int  # padding included
+    real_positions: int  # padding excluded
+    unshared_positions: int  # what they would be with each response's prompt computed again
+    response_tokens: int
+    largest_micro_batch: int  # positions
+    flops: float
+    slowest_rank_flops: float  # summed over steps: balance is flops / ranks / this
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of the computed positions that are no padding."""
+        return self.real_positions / max(1, self.computed_positions)
+
+    @property
+    def prefix_saving(self) -> float:
+        """Share of the positions that need not be computed because prompts are shared."""
+        return 1 - self.real_positions / max(1, self.unshared_positions)
+
+
+def layout_totals(
+    index: Index, selection: Selection, steps: Sequence[Step], batch: BatchConfig, cost: Cost, num_ranks: int
+) -> LayoutTotals:
+    """Add up the layouts of these steps."""
+    count = computed = real = unshared = tokens = largest = 0
+    flops = slowest = 0.0
+    for step in steps:
+        ranks = lay_out(index, selection, step, batch, cost, num_ranks)
+        slowest += max(sum(_cost(pack) for pack in rank) for rank in ranks)
+        for pack in (pack for rank in ranks for pack in rank):
+            sizes = [piece.num_tokens for piece in pack]
+            width = max(sizes, default=0) * len(pack) if batch.layout == "padded" else sum(sizes)
+            largest = max(largest, width)
+            count, computed, real, flops = count + 1, computed + width, real + sum(sizes), flops + _cost(pack)
+            for piece in pack:
+                lengths = int(index.num_tokens[list(piece.responses)].sum())
+                tokens += lengths
+                prompt = int(index.num_prompt_tokens[piece.group])
+                unshared += lengths + len(piece.responses) * (prompt - 1)
+    return LayoutTotals(count, computed, real, unshared, tokens, largest, flops, slowest)

@@ -1,13 +1,17 @@
-"""Plan + shards -> Batches: the only code that builds tensors for training.
+"""Plan + shards -> Batches, read ahead in a thread: the only code that builds tensors for training.
 
-Shapes: B rows, L positions of a row, N response tokens of the whole micro-batch, in the order in which the rows hold
-them.
+Shapes: B rows, L positions of a row, N response tokens of the whole micro-batch, R its responses, in the order in which
+its pieces hold them.
 """
 
+import queue
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,81 +20,149 @@ import pyarrow.parquet as pq
 import torch
 
 from gftdata.errors import UserError, first_line
-from gftdata.shards import Index
+from gftdata.shards import Index, ShardRecord, sha256_file
 from gftdata.tokens import next_token_inputs
 from gftdata.types import LogProbs, TokenIds
-from gfttrain.plan import Row, Selection
+from gfttrain.attention import Segments, make_segments
+from gfttrain.plan import Layout, Pack, Selection
+
+LONG_COLUMNS = ["prompt_ids", "response_ids", "ref_logprobs"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward pass. The logits at the positions that `predicts_BL` marks are those of the N response tokens."""
+    """One forward pass. The logits at position `predicts_N[i]` of the flattened rows are those of response token i."""
 
     input_ids_BL: torch.Tensor
     position_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor | None  # None when packed: positions that start again at 0 separate the responses
-    predicts_BL: torch.Tensor  # bool, N of them set
+    attention_mask_BL: torch.Tensor | None  # padded: which positions are real
+    segments: Segments | None  # packed: what may see what
+    predicts_N: torch.Tensor
     target_ids_N: torch.Tensor
     advantages_N: torch.Tensor
     ref_logprobs_N: torch.Tensor
     source_codes_N: torch.Tensor  # index into Index.source_names
+    responses_R: npt.NDArray[np.int64]  # index into the Index's responses
+    lengths_R: npt.NDArray[np.int64]  # their tokens
 
     def to(self, device: torch.device) -> "Batch":
-        mask = self.attention_mask_BL
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        mask, segments = self.attention_mask_BL, self.segments
         return Batch(
-            self.input_ids_BL.to(device),
-            self.position_ids_BL.to(device),
-            None if mask is None else mask.to(device),
-            self.predicts_BL.to(device),
-            self.target_ids_N.to(device),
-            self.advantages_N.to(device),
-            self.ref_logprobs_N.to(device),
-            self.source_codes_N.to(device),
+            move(self.input_ids_BL),
+            move(self.position_ids_BL),
+            None if mask is None else move(mask),
+            None if segments is None else segments.to(device),
+            move(self.predicts_N),
+            move(self.target_ids_N),
+            move(self.advantages_N),
+            move(self.ref_logprobs_N),
+            move(self.source_codes_N),
+            self.responses_R,
+            self.lengths_R,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One response with what the objective needs of it."""
+    """A prompt with some of its group's responses, and what the objective needs of each."""
 
     prompt_ids: TokenIds
-    response_ids: TokenIds
-    ref_logprobs: LogProbs
-    advantage: float
-    source_code: int
+    response_ids: tuple[TokenIds, ...]
+    ref_logprobs: tuple[LogProbs, ...]
+    advantages: npt.NDArray[np.float64]
+    source_codes: npt.NDArray[np.int32]
+    responses: tuple[int, ...]  # index into the Index's responses
 
 
-def collate(
-    examples: Sequence[Example], layout: Literal["padded", "packed"] = "padded", dtype: torch.dtype = torch.float32
-) -> Batch:
-    """Examples -> tensors: padded, a row each, or packed into one row. `dtype` is that of advantages and log-probs."""
-    inputs, firsts = zip(*(next_token_inputs(e.prompt_ids, e.response_ids) for e in examples), strict=True)
-    lengths = [len(ids) for ids in inputs]
-    num_tokens = [len(e.response_ids) for e in examples]
-    if layout == "padded":
-        shape = (len(examples), max(lengths))
-        starts = [row * shape[1] for row in range(len(examples))]
-    else:
-        shape = (1, sum(lengths))
-        starts = [sum(lengths[:row]) for row in range(len(examples))]
-    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    attended, predicts = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, first, length, start in zip(inputs, firsts, lengths, starts, strict=True):
-        here = slice(start, start + length)
-        ids.reshape(-1)[here] = row
-        positions.reshape(-1)[here] = np.arange(length)
-        attended.reshape(-1)[here] = True
-        predicts.reshape(-1)[start + first : start + length] = True
+def collate(examples: Sequence[Example], layout: Layout = "shared_prefix", dtype: torch.dtype = torch.float32) -> Batch:
+    """Examples -> tensors. `dtype` is that of advantages and log-probs."""
+    if layout != "shared_prefix":
+        examples = [one for example in examples for one in singles(example)]
+    layers = _pad(examples) if layout == "padded" else _pack(examples)
+    input_ids, position_ids, mask, segments, predicts = layers
+    lengths = [len(ids) for e in examples for ids in e.response_ids]
+    advantages, codes = (_joined([getattr(e, name) for e in examples]) for name in ("advantages", "source_codes"))
     return Batch(
-        input_ids_BL=torch.from_numpy(ids),
-        position_ids_BL=torch.from_numpy(positions),
-        attention_mask_BL=torch.from_numpy(attended.astype(np.int64)) if layout == "padded" else None,
-        predicts_BL=torch.from_numpy(predicts),
-        target_ids_N=torch.from_numpy(np.concatenate([e.response_ids for e in examples]).astype(np.int64)),
-        advantages_N=torch.from_numpy(np.repeat([e.advantage for e in examples], num_tokens)).to(dtype),
-        ref_logprobs_N=torch.from_numpy(np.concatenate([e.ref_logprobs for e in examples])).to(dtype),
-        source_codes_N=torch.from_numpy(np.repeat([e.source_code for e in examples], num_tokens)),
+        input_ids_BL=torch.from_numpy(input_ids),
+        position_ids_BL=torch.from_numpy(position_ids),
+        attention_mask_BL=None if mask is None else torch.from_numpy(mask),
+        segments=segments,
+        predicts_N=torch.from_numpy(predicts),
+        target_ids_N=torch.from_numpy(_joined([ids for e in examples for ids in e.response_ids]).astype(np.int64)),
+        advantages_N=torch.from_numpy(np.repeat(advantages, lengths)).to(dtype),
+        ref_logprobs_N=torch.from_numpy(_joined([ref for e in examples for ref in e.ref_logprobs])).to(dtype),
+        source_codes_N=torch.from_numpy(np.repeat(codes, lengths).astype(np.int64)),
+        responses_R=np.array([r for e in examples for r in e.responses], np.int64),
+        lengths_R=np.array(lengths, np.int64),
     )
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def singles(example: Example) -> Iterator[Example]:
+    """Each response of an example with the prompt, by itself."""
+    for k in range(len(example.response_ids)):
+        here = slice(k, k + 1)
+        yield Example(
+            example.prompt_ids,
+            example.response_ids[here],
+            example.ref_logprobs[here],
+            example.advantages[here],
+            example.source_codes[here],
+            example.responses[here],
+        )
+
+
+_Layers = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None, Segments | None, npt.NDArray[Any]]
+
+
+def _pack(examples: Sequence[Example]) -> _Layers:
+    """One row: prompt, responses, prompt, responses ... The first token of each response is predicted by the prompt."""
+    ids: list[TokenIds] = []
+    predicts: list[npt.NDArray[np.int64]] = []
+    insides: list[list[int]] = []
+    start = 0
+    for example in examples:
+        prompt = len(example.prompt_ids)
+        ids.append(example.prompt_ids)
+        place, inside = start + prompt, []
+        for response_ids in example.response_ids:
+            inputs, first = next_token_inputs(example.prompt_ids, response_ids)
+            inside.append(len(inputs) - prompt)
+            ids.append(inputs[prompt:])
+            places = np.arange(first, len(inputs))
+            # what lies in the prompt is there once; the rest is where this response is
+            predicts.append(places + np.where(places < prompt, start, place - prompt))
+            place += inside[-1]
+        insides.append(inside)
+        start = place
+    segments = make_segments([len(e.prompt_ids) for e in examples], insides)
+    row = _joined(ids).astype(np.int64)[None]
+    where = np.concatenate(predicts) if predicts else np.empty(0, np.int64)
+    return row, segments.position_L.numpy()[None], None, segments, where
+
+
+def _pad(examples: Sequence[Example]) -> _Layers:
+    """A row for each response, as wide as the longest."""
+    inputs, firsts = zip(*(next_token_inputs(e.prompt_ids, e.response_ids[0]) for e in examples), strict=True)
+    lengths = np.array([len(row) for row in inputs])
+    width = int(lengths.max())
+    ids = np.zeros((len(examples), width), np.int64)
+    for number, row in enumerate(inputs):
+        ids[number, : len(row)] = row
+    real = np.arange(width) < lengths[:, None]
+    positions = np.where(real, np.arange(width), 0)
+    predicts = [
+        np.arange(first, length) + number * width
+        for number, (first, length) in enumerate(zip(firsts, lengths, strict=True))
+    ]
+    return ids, positions, real.astype(np.int64), None, np.concatenate(predicts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,32 +178,38 @@ class RowGroup:
 
 
 class ShardReader:
-    """Gives the examples of planned rows; holds the row groups of the last two shuffle windows."""
+    """Gives the examples of planned pieces; holds the row groups of the last two shuffle windows.
 
-    def __init__(self, index: Index, selection: Selection, shuffle_row_groups: int) -> None:
+    `locate` turns a shard's number into a local file that is what the manifest says (`checked_shards`).
+    """
+
+    def __init__(
+        self, index: Index, selection: Selection, shuffle_row_groups: int, locate: Callable[[int], Path]
+    ) -> None:
         self._index = index
         self._selection = selection
+        self._locate = locate
         self._capacity = 2 * shuffle_row_groups
         self._held: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
 
-    def examples(self, rows: Sequence[Row]) -> list[Example]:
+    def examples(self, pack: Pack) -> list[Example]:
         """The examples of one micro-batch, in its order."""
-        return [self._example(row) for row in rows]
+        return [self._example(piece.group, piece.responses) for piece in pack]
 
-    def _example(self, row: Row) -> Example:
+    def _example(self, group: int, responses: tuple[int, ...]) -> Example:
         index = self._index
-        held = self._row_group(int(index.path_of_group[row.group]), int(index.row_group_of_group[row.group]))
-        place = int(index.row_of_group[row.group])
-        prompt = slice(held.prompt_offsets[place], held.prompt_offsets[place + 1])
-        number = held.first_response[place] + row.response
-        tokens = slice(held.response_offsets[number], held.response_offsets[number + 1])
-        flat = index.offsets[row.group] + row.response
+        held = self._row_group(int(index.path_of_group[group]), int(index.row_group_of_group[group]))
+        place = int(index.row_of_group[group])
+        first = int(held.first_response[place] - index.offsets[group])
+        spans = [slice(*held.response_offsets[first + r : first + r + 2].tolist()) for r in responses]
+        chosen = list(responses)
         return Example(
-            prompt_ids=held.prompt_ids[prompt],
-            response_ids=held.response_ids[tokens],
-            ref_logprobs=held.ref_logprobs[tokens],
-            advantage=float(self._selection.advantages_R[flat]),
-            source_code=int(index.source_codes[flat]),
+            prompt_ids=held.prompt_ids[held.prompt_offsets[place] : held.prompt_offsets[place + 1]],
+            response_ids=tuple(held.response_ids[span] for span in spans),
+            ref_logprobs=tuple(held.ref_logprobs[span] for span in spans),
+            advantages=self._selection.advantages_R[chosen],
+            source_codes=index.source_codes[chosen],
+            responses=responses,
         )
 
     def _row_group(self, path: int, number: int) -> RowGroup:
@@ -139,24 +217,46 @@ class ShardReader:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        self._held[key] = read_row_group(self._index, path, number)
+        self._held[key] = read_row_group(self._locate(path), number)
         if len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return self._held[key]
 
 
-def read_row_group(index: Index, path: int, number: int) -> RowGroup:
+def checked_shards(paths: Sequence[Path], records: Sequence[ShardRecord]) -> Callable[[int], Path]:
+    """Shard number -> its file, whose sha256 is compared with the manifest's when it is first asked for."""
+    checked: set[int] = set()
+
+    def locate(number: int) -> Path:
+        path, record = paths[number], records[number]
+        if number not in checked:
+            try:
+                found = sha256_file(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+            if found != record.sha256:
+                raise UserError(
+                    f"{path}: damaged or changed: sha256 {found[:12]}..., the manifest says {record.sha256[:12]}...; "
+                    f"copy it again from where the data set came from (from the Hub: hf download --repo-type dataset "
+                    f"--force-download REPO data/{record.name} --local-dir {path.parent.parent})"
+                )
+            checked.add(number)
+        return path
+
+    return locate
+
+
+def read_row_group(path: Path, number: int) -> RowGroup:
     """Decode the long columns of one row group."""
-    file_path = index.paths[path]
     try:
-        with pq.ParquetFile(file_path) as file:
-            table = file.read_row_group(number, columns=["prompt_ids", "response_ids", "ref_logprobs"])
+        with pq.ParquetFile(path) as file:
+            table = file.read_row_group(number, columns=LONG_COLUMNS)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file_path}: row group {number} cannot be read: {first_line(error)}") from None
-    prompts, responses, scores = (table[name].combine_chunks() for name in table.column_names)
+        raise UserError(f"{path}: row group {number} cannot be read: {first_line(error)}") from None
+    prompts, responses, scores = (_array(table[name]) for name in LONG_COLUMNS)
     ids, ref = responses.flatten(), scores.flatten()
     if not ids.offsets.equals(ref.offsets):
-        raise UserError(f"{file_path}: row group {number}: response_ids and ref_logprobs differ in length")
+        raise UserError(f"{path}: row group {number}: response_ids and ref_logprobs differ in length")
     return RowGroup(
         prompt_ids=prompts.flatten().to_numpy(),
         prompt_offsets=prompts.offsets.to_numpy().astype(np.int64),
@@ -165,3 +265,50 @@ def read_row_group(index: Index, path: int, number: int) -> RowGroup:
         ref_logprobs=ref.flatten().to_numpy().astype(np.float32),
         response_offsets=ids.offsets.to_numpy().astype(np.int64),
     )
+
+
+def _array(column: pa.ChunkedArray) -> pa.ListArray:
+    joined = column.combine_chunks()
+    return joined if isinstance(joined, pa.Array) else pa.concat_arrays(joined.chunks)
+
+
+@contextmanager
+def read_ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
+    """The items, made by a thread that is up to `depth` of them ahead; what it raises is raised here."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    def taken() -> Iterator[T]:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+
+    thread = threading.Thread(target=work, name="gft-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,57 +1,54 @@
 """`gft train`: index -> plan -> stream -> update.
 
-Read it downward: `prepare` finds every mistake and plans the run without loading a model, `train` is the loop.
+Read `_train` downward. What is found out before a model is loaded is prepare.py's, what a checkpoint holds
+checkpoint.py's, what a step reports metrics.py's, how a model is loaded and sharded model.py's.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from transformers import get_scheduler
 
-from gftdata.config import recipe_differences
-from gftdata.engines.hf import pick_device
+from gftdata.engines.hf import HfEngine
 from gftdata.errors import UserError
-from gftdata.models import model_revision
-from gftdata.shards import Index, Manifest, check_writable, read_index, read_manifest, shard_paths, write_atomic
-from gftdata.tokens import Tokenizer, load_tokenizer
+from gftdata.shards import Index, Manifest
+from gftdata.tokens import Tokenizer
+from gftdata.types import SELF
 from gfttrain import checkpoint, metrics
-from gfttrain.config import BatchConfig, TrainConfig
-from gfttrain.model import autocast, check_packing, export, load_for_training, response_logprobs
-from gfttrain.objective import token_losses
-from gfttrain.plan import (
-    Row,
-    Selection,
-    Step,
-    check_selection,
-    make_schedule,
-    micro_batches,
-    schedule_hash,
-    select,
+from gfttrain.config import TrainConfig, TrainEvalConfig
+from gfttrain.distributed import World, agree, any_over, gather_json, join, leave, stop_on_signals, sum_over, together
+from gfttrain.evaluate import eval_prompts, evaluate_engine
+from gfttrain.loggers import open_loggers
+from gfttrain.model import (
+    Policy,
+    autocast,
+    compute_dtype,
+    export,
+    load_for_training,
+    no_losses,
+    reduce_now,
+    self_check,
+    trained_state,
+    with_weights,
 )
-from gfttrain.stream import Batch, ShardReader, collate
+from gfttrain.objective import token_losses
+from gfttrain.plan import Pack, Step, lay_out
+from gfttrain.prepare import Prepared, eval_settings, make_optimizer, make_scheduler, prepare, write_run_file
+from gfttrain.runs import FINAL, METRICS
+from gfttrain.stream import Batch, Example, ShardReader, checked_shards, collate, read_ahead
 
-FINAL, RUN, METRICS = "final", "run.json", "metrics.jsonl"
+PROBE_TOKENS = 2048  # response tokens, about, of the look at the stored log-probs before the first step
+CHECKED_RESPONSES = 4  # of each of two groups, in the self-check of the packed layout
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A run that has been found sound: its data, its schedule, and where it goes on."""
-
-    tokenizer: Tokenizer
-    index: Index
-    selection: Selection
-    steps: tuple[Step, ...]
-    schedule_hash: str
-    resume_from: Path | None
-    first_step: int
-    finished: bool
-    notices: tuple[str, ...]
+class Stopped(Exception):
+    """A signal asked the run to stop, and it is saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,213 +65,338 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Check everything that can be checked and plan the run. Writes nothing. Raises UserError."""
-    folders = [Path(folder) for folder in config.data]
-    manifests = [read_manifest(folder) for folder in folders]
-    tokenizer = load_tokenizer(config.model)
-    notices = [note for pair in zip(folders, manifests, strict=True) for note in _check_model(config, tokenizer, *pair)]
-    index = read_index([path for pair in zip(folders, manifests, strict=True) for path in shard_paths(*pair)])
-    selection = select(index, config.objective)
-    skip_unjudged = config.unjudged_groups == "skip"
-    check_selection(index, selection, config.objective, skip_unjudged=skip_unjudged)
-    steps = make_schedule(
-        index,
-        selection,
-        config.batch,
-        seed=config.seed,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        skip_unjudged=skip_unjudged,
-    )
-    digest = schedule_hash(index, selection, steps, [record.sha256 for m in manifests for record in m.shards])
-    out = Path(config.out)
-    _check_output(config, out)
-    resume_from = checkpoint.latest(out)
-    position = checkpoint.read_position(resume_from) if resume_from else checkpoint.Position(0, digest)
-    if position.schedule_hash != digest:
-        raise UserError(
-            f"{resume_from}: was saved on other data: the schedule of steps differs; restore the data, or name "
-            "another run folder (out)"
-        )
-    _scheduler(config, _optimizer(config, [torch.zeros(1)]), len(steps))  # a wrong name is found here
-    finished = (out / FINAL).is_dir()
-    return Prepared(tokenizer, index, selection, steps, digest, resume_from, position.step, finished, tuple(notices))
-
-
 def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
-    """Run or resume training; returns the folder of the final model.
+    """Run or resume training, as one of the ranks that the environment says; returns the folder of the final model.
 
-    The gradient of a step does not depend on how it is cut into micro-batches: every token's loss is divided by N, the
-    response tokens of the whole step. A resumed run ends with the same weights, bit by bit, as one never stopped (on
-    the same kind of device).
+    The gradient of a step does not depend on how it is cut into micro-batches or over ranks: every token's loss is
+    divided by N, the response tokens of the whole step. A resumed run ends with the same weights, bit by bit, as one
+    never stopped (on the same number of ranks and the same kind of device).
+
+    Raises UserError, and Stopped after SIGTERM or SIGUSR1, when the state is saved.
     """
-    prepared = prepare(config)
-    out, steps = Path(config.out), prepared.steps
+    world = join(config.device)
+    try:
+        return _train(config, world, on_event if world.rank == 0 else lambda event: None)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(config, error) from None
+    finally:
+        leave(world)
+
+
+def _train(config: TrainConfig, world: World, on_event: Listener) -> Path:
+    with together(world):
+        prepared = prepare(config)
+    out, steps, index, objective = Path(config.out), prepared.steps, prepared.index, config.objective
     if prepared.finished:
         return out / FINAL
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    model = load_for_training(config, device)
-    optimizer = _optimizer(config, model.parameters())
-    scheduler = _scheduler(config, optimizer, len(steps))
-    reader = ShardReader(prepared.index, prepared.selection, config.batch.shuffle_row_groups)
-    if config.batch.layout == "packed" and (rows := _longest_rows(prepared)):
-        check_packing(model, reader.examples(rows))
+    policy = load_for_training(config, world)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(config, parameters)
+    scheduler = make_scheduler(config, optimizer, len(steps))
+    records = [record for manifest in prepared.manifests for record in manifest.shards]
+    locate = checked_shards(index.paths, records)
+    reader = ShardReader(index, prepared.selection, config.batch.shuffle_row_groups, locate)
+    start_notices = list(prepared.notices)
+    if prepared.first_step == 0:
+        start_notices += _look_before(config, prepared, world, policy, reader)
     old_logprobs: dict[str, torch.Tensor] = {}
     if prepared.resume_from is not None:
-        old_logprobs = checkpoint.restore(prepared.resume_from, model, optimizer, scheduler, device)
+        old_logprobs = checkpoint.restore(prepared.resume_from, world, policy, optimizer, scheduler)
     # nothing was written before this line: whatever is wrong with the model or the settings has shown by now
-    write_run_file(config, out)
-    metrics.cut_back(out / METRICS, prepared.first_step)
-    on_event(Event("start", prepared.first_step, len(steps), {}, prepared.notices))
+    with together(world):
+        if world.rank == 0:
+            write_run_file(config, out)
+            metrics.cut_back(out / METRICS, prepared.first_step)
+    on_event(Event("start", prepared.first_step, len(steps), {}, tuple(start_notices)))
 
-    for number in range(prepared.first_step, len(steps)):
-        began = time.perf_counter()
-        step = steps[number]
-        if config.objective.old_policy == "refreshed" and number % config.objective.refresh_every == 0:
-            window = range(number, min(number + config.objective.refresh_every, len(steps)))
-            old_logprobs = _old_policy_logprobs(config, prepared, reader, model, device, window)
+    def save(step: int) -> None:
+        position = checkpoint.Position(step, prepared.schedule_hash)
+        keep = config.checkpoint.keep
+        checkpoint.save(out, position, world, policy, optimizer, scheduler, old_logprobs, keep)
+        on_event(Event("checkpoint", step, len(steps), {}))
 
-        sums = metrics.TokenSums(prepared.index.source_names, device)
-        for rows, batch in _batches(config, prepared, reader, step, device):
-            with autocast(config, device):
-                logprobs_N, entropy_N = response_logprobs(model, batch)
-            old_N = batch.ref_logprobs_N
-            if old_logprobs:
-                old_N = torch.cat([old_logprobs[row.key] for row in rows]).to(device)
-            losses_N = token_losses(config.objective, logprobs_N, batch.advantages_N, batch.ref_logprobs_N, old_N)
-            (losses_N.sum() / max(1, step.num_loss_tokens)).backward()
-            sums.add(losses_N, logprobs_N, entropy_N, batch.ref_logprobs_N, batch.source_codes_N, config.objective.tau)
+    with ExitStack() as stack:
+        stop_requested = stack.enter_context(stop_on_signals())
+        loggers = config.loggers if world.rank == 0 else ()
+        settings = config.model_dump(mode="json")
+        log = stack.enter_context(open_loggers(loggers, out, settings, first_step=prepared.first_step))
+        works = stack.enter_context(read_ahead(_works(config, prepared, world, reader)))
+        for number in range(prepared.first_step, len(steps)):
+            began = time.perf_counter()
+            step = steps[number]
+            work, waited = _next(works)
+            while work.purpose == "refresh":
+                if work.first:
+                    old_logprobs = {}
+                old_logprobs |= _logprobs_of(config, policy, world, work.batches)
+                work, more = _next(works)
+                waited += more
 
-        # a step without any signal still moves momentum and weight decay, so its gradients are zeros, not None
-        for parameter in model.parameters():
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm).item()
-        report = sums.means(step.num_loss_tokens, rectified=config.objective.coefficient == "rectified")
-        _refuse_not_finite(report["loss"], grad_norm, number, prepared)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+            sums = metrics.TokenSums(index.source_names, objective, world.device)
+            token_records: list[tuple[Batch, torch.Tensor]] = []
+            for place, made in enumerate(work.batches):
+                batch = made.to(world.device)
+                reduce_now(policy, last=place + 1 == len(work.batches), world=world, once=config.reduce_once)
+                old_N = _old_logprobs(batch, old_logprobs)
 
-        seconds = time.perf_counter() - began
-        report = {
-            "step": number + 1,
-            "epoch": step.epoch,
-            **report,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens_per_second": (report["computed_tokens"] or 0) / seconds,
-            "seconds": seconds,
-            **metrics.data_metrics(prepared.index, prepared.selection, step),
-        }
-        metrics.append_line(out / METRICS, report)
-        on_event(Event("step", number + 1, len(steps), report))
-        # also after the last step: a failing export must not cost the run
-        if (number + 1) % config.checkpoint.every_steps == 0 or number + 1 == len(steps):
-            position = checkpoint.Position(number + 1, prepared.schedule_hash)
-            checkpoint.save(out, position, model, optimizer, scheduler, old_logprobs, config.checkpoint.keep)
-            on_event(Event("checkpoint", number + 1, len(steps), {}))
+                def losses(logprobs_C: torch.Tensor, chunk: slice, b: Batch = batch, old: torch.Tensor = old_N) -> Any:
+                    if not len(b.responses_R):  # nothing of this rank: it only keeps the others company
+                        return logprobs_C * 0.0
+                    return token_losses(
+                        objective, logprobs_C, b.advantages_N[chunk], b.ref_logprobs_N[chunk], old[chunk]
+                    )
 
-    export(model, prepared.tokenizer, config.model, out / FINAL)
+                with autocast(config, world.device):
+                    total, losses_N, logprobs_N, entropy_N = policy(batch, losses)
+                (total / max(1, step.num_loss_tokens)).backward()
+                if len(batch.responses_R):
+                    sums.add(
+                        losses_N,
+                        logprobs_N,
+                        entropy_N,
+                        batch.advantages_N,
+                        batch.ref_logprobs_N,
+                        old_N,
+                        batch.source_codes_N,
+                    )
+                    token_records.append((made, losses_N))
+
+            # a step without any signal still moves momentum and weight decay, so its gradients are zeros, not None
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+            grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            report = sums.means(step.num_loss_tokens, lambda tensor: sum_over(world, tensor))
+            if not (math.isfinite(float(report["loss"] or 0)) and math.isfinite(grad_norm)):  # type: ignore[arg-type]
+                optimizer.zero_grad(set_to_none=True)
+                if number > prepared.first_step:
+                    save(number)
+                agree(world, _not_finite(report, grad_norm, number, prepared, world, token_records))
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - began
+            if _samples_reference(prepared.manifests) and f"log_ratio/{SELF}" in report:
+                report["kl_ref_to_model"] = -float(report[f"log_ratio/{SELF}"])  # type: ignore[arg-type]
+            report = {
+                "step": number + 1,
+                "epoch": step.epoch,
+                **report,
+                "grad_norm": grad_norm,
+                "grad_clipped": int(grad_norm > config.optim.max_grad_norm),
+                "lr": lr,
+                "tokens_per_second": float(report["computed_tokens"] or 0) / seconds,  # type: ignore[arg-type]
+                "seconds": seconds,
+                "data_wait_fraction": waited / seconds,
+                **metrics.data_metrics(index, prepared.selection, step),
+            }
+            if config.evaluation is not None and (number + 1) % config.evaluation.every_steps == 0:
+                report |= _evaluate(config, config.evaluation, policy, prepared.tokenizer, world)
+            if world.rank == 0:
+                metrics.append_line(out / METRICS, report)
+                log(report)
+            on_event(Event("step", number + 1, len(steps), report))
+            stopping = any_over(world, stop_requested())
+            # also after the last step: a failing export must not cost the run
+            if (number + 1) % config.checkpoint.every_steps == 0 or number + 1 == len(steps) or stopping:
+                save(number + 1)
+            if stopping and number + 1 < len(steps):
+                raise Stopped(f"stopped after step {number + 1} of {len(steps)} and saved; the same command continues")
+
+    state = trained_state(policy)
+    with together(world):
+        if world.rank == 0:
+            export(state, config, prepared.tokenizer, out / FINAL)
     return out / FINAL
 
 
-def write_run_file(config: TrainConfig, out: Path) -> None:
-    """Mark a folder as this run's, with the resolved config and the exact base model."""
-    run = {
-        "recipe": config.recipe(),
-        "config": config.model_dump(mode="json"),
-        "revision": model_revision(config.model),
-    }
-    write_atomic(out / RUN, json.dumps(run, indent=2) + "\n")
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The micro-batches of one step, to train on or, first, to take the old policy's log-probs of."""
+
+    purpose: Literal["train", "refresh"]
+    batches: list[Batch]
+    first: bool = False  # of a window of `refresh_every` steps
 
 
-def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> list[str]:
-    reference = next((record for record in manifest.models if record.role == "reference"), None)
-    if reference is None:
-        raise UserError(f"{folder}: its manifest names no reference model")
-    if tokenizer.hash != manifest.tokenizer.hash:
-        raise UserError(
-            f"{folder}: its token ids come from the tokenizer of {reference.name}, and {config.model} has another; "
-            "train the model that the data was generated for, or generate it again with this one"
-        )
-    notices = []
-    if tokenizer.template_hash != manifest.tokenizer.template_hash:
-        notices.append(f"{folder}: was generated with another chat template than that of {config.model}")
-    if model_revision(config.model) != reference.revision:
-        notices.append(f"{folder}: its reference is {reference.name}, {config.model} has other weights")
-    return notices
+def _works(config: TrainConfig, prepared: Prepared, world: World, reader: ShardReader) -> Iterator[Work]:
+    """In the order in which `train` asks for it. Runs in the read-ahead thread."""
+
+    def batches(step: Step) -> list[Batch]:
+        ranks = lay_out(prepared.index, prepared.selection, step, config.batch, prepared.cost, world.size)
+        return [_collate(config, reader, pack) for pack in ranks[world.rank]]
+
+    every = config.objective.refresh_every
+    for number in range(prepared.first_step, len(prepared.steps)):
+        if config.objective.old_policy == "refreshed" and number % every == 0:
+            for ahead in range(number, min(number + every, len(prepared.steps))):
+                yield Work("refresh", batches(prepared.steps[ahead]), first=ahead == number)
+        yield Work("train", batches(prepared.steps[number]))
 
 
-def _check_output(config: TrainConfig, out: Path) -> None:
-    check_writable(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        run = json.loads((out / RUN).read_bytes())
-        recipe, revision = run["recipe"], run["revision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out}: not empty and not a run of gft train; name another folder (out)") from None
-    differing = recipe_differences(recipe, config.recipe())
-    if differing:
-        raise UserError(f"{out}: was begun with another config: {differing}; or name another folder (out)")
-    if revision != model_revision(config.model):
-        raise UserError(f"{out}: was begun from other weights of {config.model}; name another folder (out)")
+def _collate(config: TrainConfig, reader: ShardReader, pack: Pack) -> Batch:
+    if pack:
+        return collate(reader.examples(pack), config.batch.layout)
+    # the other ranks have one micro-batch more, and FSDP wants company: one token that counts for nothing
+    token, number = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    nobody = Example(token, (token,), (number,), np.zeros(1), np.zeros(1, np.int32), (0,))
+    return replace(collate([nobody], config.batch.layout), responses_R=np.empty(0, np.int64))
 
 
-def _optimizer(config: TrainConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    optim = config.optim
-    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+def _next(works: Iterator[Work]) -> tuple[Work, float]:
+    """The next work, and the seconds that it was waited for."""
+    began = time.perf_counter()
+    return next(works), time.perf_counter() - began
 
 
-def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    name = config.optim.schedule
-    warmup = math.ceil(config.optim.warmup_ratio * num_steps)
-    try:
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
-    except (ValueError, KeyError, TypeError) as error:  # TypeError: it needs a setting of its own
-        raise UserError(f"optim.schedule {name} cannot be used: {error}") from None
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        raise UserError(f"optim.schedule {name} follows a metric; use one of the number of steps, such as cosine")
-    return scheduler
-
-
-def _longest_rows(prepared: Prepared) -> list[Row]:
-    """The two longest responses of the first step that has any."""
-    everything = BatchConfig(micro_batch_tokens=2**62)
-    steps = (micro_batches(prepared.index, prepared.selection, step, everything) for step in prepared.steps)
-    return next((cuts[0][:2] for cuts in steps if cuts), [])
-
-
-def _batches(
-    config: TrainConfig, prepared: Prepared, reader: ShardReader, step: Step, device: torch.device
-) -> Iterator[tuple[list[Row], Batch]]:
-    for rows in micro_batches(prepared.index, prepared.selection, step, config.batch):
-        yield rows, collate(reader.examples(rows), config.batch.layout).to(device)
+def _old_logprobs(batch: Batch, old_logprobs: dict[str, torch.Tensor]) -> torch.Tensor:
+    if not old_logprobs or not len(batch.responses_R):
+        return batch.ref_logprobs_N
+    parts = [old_logprobs[str(response)] for response in batch.responses_R.tolist()]
+    return torch.cat(parts).to(batch.ref_logprobs_N.device)
 
 
 @torch.no_grad()
-def _old_policy_logprobs(
-    config: TrainConfig, prepared: Prepared, reader: ShardReader, model: Any, device: torch.device, window: range
+def _logprobs_of(
+    config: TrainConfig, policy: Policy, world: World, batches: Sequence[Batch]
 ) -> dict[str, torch.Tensor]:
-    """log pi of the current model on the coming steps' responses: response -> [T], kept on the CPU."""
+    """log pi of the current model: response -> [T], kept on the CPU."""
     found: dict[str, torch.Tensor] = {}
-    for number in window:
-        for rows, batch in _batches(config, prepared, reader, prepared.steps[number], device):
-            with autocast(config, device):
-                logprobs_N, _ = response_logprobs(model, batch)
-            lengths = [int(prepared.index.num_tokens[prepared.index.offsets[r.group] + r.response]) for r in rows]
-            found |= {row.key: part.clone() for row, part in zip(rows, logprobs_N.cpu().split(lengths), strict=True)}
+    for batch in batches:
+        with autocast(config, world.device):
+            logprobs_N = policy(batch.to(world.device), no_losses)[2].cpu()
+        if len(batch.responses_R):
+            parts = logprobs_N.split(batch.lengths_R.tolist())
+            found |= {str(r): part.clone() for r, part in zip(batch.responses_R.tolist(), parts, strict=True)}
     return found
 
 
-def _refuse_not_finite(loss: float | int | None, grad_norm: float, number: int, prepared: Prepared) -> None:
-    if loss is not None and math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise UserError(
-        f"step {number + 1}: loss {loss}, gradient norm {grad_norm}; nothing was updated. Lower optim.lr, or look at "
-        f"the step's groups (the first is number {int(prepared.steps[number].groups[0])} of the data)"
+@torch.no_grad()
+def _look_before(
+    config: TrainConfig, prepared: Prepared, world: World, policy: Policy, reader: ShardReader
+) -> list[str]:
+    """Before the first step: that packing keeps responses apart, and that the stored log-probs are this model's.
+
+    Returns the noise floor, for the log. Raises UserError where either fails.
+    """
+    trained_R = prepared.selection.trained_R
+    step = next((step for step in prepared.steps if trained_R[_responses(prepared.index, step)].any()), None)
+    if step is None:  # none of these few steps computes anything
+        return []
+    pieces = [
+        piece
+        for rank in lay_out(prepared.index, prepared.selection, step, config.batch, prepared.cost)
+        for pack in rank
+        for piece in pack
+    ]
+    dtype = compute_dtype(config, world.device)
+    with together(world):
+        probe, tokens = [], 0
+        for piece in pieces:
+            probe.append(piece)
+            tokens += int(prepared.index.num_tokens[list(piece.responses)].sum())
+            if tokens >= PROBE_TOKENS:
+                break
+        if config.batch.layout != "padded":
+            few = [replace(piece, responses=piece.responses[:CHECKED_RESPONSES]) for piece in probe[:2]]
+            examples = reader.examples(tuple(few))
+            self_check(policy, examples, config.batch.layout, lambda: autocast(config, world.device), dtype)
+        gaps = []
+        for piece in probe:
+            batch = collate(reader.examples((piece,)), config.batch.layout).to(world.device)
+            with autocast(config, world.device):
+                gaps.append((policy(batch, no_losses)[2] - batch.ref_logprobs_N).abs())
+        gap_N = torch.cat(gaps).double()
+        mean, high = float(gap_N.mean()), float(gap_N.quantile(0.95))
+        if not mean <= config.max_reference_gap:
+            raise UserError(
+                f"the stored reference log-probs are not those of {config.model}: over {len(gap_N):,} tokens they "
+                f"differ by {mean:.3f} nats on average (95th percentile {high:.3f}), allowed is max_reference_gap="
+                f"{config.max_reference_gap}; is it another model, another chat template, or were log-probs stored "
+                "that decoding gave at another temperature? `gft rescore` writes them anew; for a model that was meant "
+                "to move on, raise max_reference_gap"
+            )
+    return [f"stored and recomputed log-probs differ by {mean:.2g} nats a token (95th percentile {high:.2g})"]
+
+
+def _responses(index: Index, step: Step) -> Any:
+    return np.concatenate([np.arange(index.offsets[g], index.offsets[g + 1]) for g in step.groups])
+
+
+def _evaluate(
+    config: TrainConfig, settings: TrainEvalConfig, policy: Policy, tokenizer: Tokenizer, world: World
+) -> metrics.Metrics:
+    """pass@1 of the model as it is. Several ranks: rank 0 evaluates a copy of its own while the others wait."""
+    evaluation = eval_settings(config, settings)
+    state = trained_state(policy) if world.size > 1 else {}
+    found: metrics.Metrics = {}
+    with together(world):
+        if world.rank == 0:
+            model = policy.model
+            if world.size > 1:
+                model, _ = with_weights(config, state, compute_dtype(config, world.device))
+                model.to(world.device)
+            sizes = {"batch_size": settings.engine.batch_size, "batch_tokens": settings.engine.batch_tokens}
+            model.eval()
+            with autocast(config, world.device):
+                engine = HfEngine(model, tokenizer, **sizes)
+                result = evaluate_engine(evaluation, engine, *eval_prompts(evaluation, tokenizer))
+            found = {
+                "eval/pass@1": result.pass_at[1],
+                "eval/mean_reward": result.mean_reward,
+                "eval/mean_tokens": result.mean_tokens,
+                "eval/truncated": result.truncated_samples,
+            }
+    policy.train()
+    return found
+
+
+def _not_finite(
+    report: metrics.Metrics,
+    grad_norm: float,
+    number: int,
+    prepared: Prepared,
+    world: World,
+    token_records: Sequence[tuple[Batch, torch.Tensor]],
+) -> UserError:
+    """Says which groups have a loss that is not a number."""
+    index = prepared.index
+    bad: list[int] = []
+    for batch, losses_N in token_records:
+        finite = [bool(part.isfinite().all()) for part in losses_N.split(batch.lengths_R.tolist())]
+        bad += [r for r, fine in zip(batch.responses_R.tolist(), finite, strict=True) if not fine]
+    groups = sorted({int(g) for found in gather_json(world, bad) for g in _groups_of(index, found)})
+    where = "; ".join(index.place_of(group) for group in groups[:3])
+    return UserError(
+        f"step {number + 1}: loss {report['loss']}, gradient norm {grad_norm}; nothing was updated, and the state "
+        "before this step is saved. "
+        + (f"Not finite in {len(groups)} groups: {where}. " if groups else "Every loss is finite. ")
+        + "Lower optim.lr, or look at these groups and start again from an earlier checkpoint"
+    )
+
+
+def _groups_of(index: Index, responses: Sequence[int]) -> Any:
+    return np.searchsorted(index.offsets, np.array(responses, np.int64), side="right") - 1
+
+
+def _samples_reference(manifests: Sequence[Manifest]) -> bool:
+    """Whether self samples follow the reference itself: drawn at temperature 1 and top-p 1."""
+    for manifest in manifests:
+        own = manifest.recipe.get("responses", {}).get("self", {}).get("sampling", {})
+        if own.get("temperature") != 1.0 or own.get("top_p") != 1.0 or own.get("stop"):
+            return False
+    return True
+
+
+def _out_of_memory(config: TrainConfig, error: torch.OutOfMemoryError) -> UserError:
+    lower = config.batch.micro_batch_tokens // 2
+    more = "" if config.gradient_checkpointing else ", or set gradient_checkpointing=true"
+    return UserError(
+        f"out of memory with micro-batches of {config.batch.micro_batch_tokens} tokens: "
+        f"{str(error).split('. ')[0]}; set batch.micro_batch_tokens={lower}{more} (the update stays the same), or use "
+        "more GPUs (--nproc) or lora. The same command continues from the last checkpoint"
     )

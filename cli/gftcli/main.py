@@ -207,9 +207,18 @@ def train(
     data: Annotated[str | None, typer.Option("--data", help="Overrides `data` of the config.")] = None,
     out: Out = None,
     set_: Set = None,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            "--nproc", metavar="N", min=1, help="Processes (GPUs) of this machine; under srun or torchrun: 1."
+        ),
+    ] = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Train on response groups. Stopped at any moment, the same command resumes from the last checkpoint."""
+    """Train on response groups. Stopped at any moment, the same command resumes from the last checkpoint.
+
+    SIGTERM and SIGUSR1 save and end with exit code 75. Under srun or torchrun, each process joins the others.
+    """
     from gftcli import progress, show
     from gftdata.config import load_config
     from gfttrain.config import TrainConfig
@@ -217,15 +226,33 @@ def train(
     settings = load_config(TrainConfig, config, set_ or [], _given(model=model, data=data, out=out))
     _quiet_libraries()
     from gfttrain import train as training
+    from gfttrain.distributed import is_first, launch
+    from gfttrain.runs import METRICS
 
-    console = show.open_console()
+    if nproc > 1 and not dry_run:
+        words = [word for word in sys.argv[1:] if not word.startswith("--nproc=")]
+        if "--nproc" in words:
+            place = words.index("--nproc")
+            del words[place : place + 2]
+        raise typer.Exit(launch(nproc, [sys.executable, "-m", "gftcli.main", *words]))
+    console = show.open_console() if is_first() else show.silent_console()
     if dry_run:
-        show.training_plan(console, settings, training.prepare(settings))
+        from gftdata.engines.hf import pick_device
+        from gfttrain.forecast import forecast
+        from gfttrain.prepare import prepare
+
+        prepared = prepare(settings)
+        expected = forecast(settings, prepared, pick_device(settings.device), nproc)
+        show.training_plan(console, settings, prepared, expected)
         return
-    with progress.training(console, settings) as listener:
-        final = training.train(settings, listener)
+    try:
+        with progress.training(console, settings) as listener:
+            final = training.train(settings, listener)
+    except training.Stopped as stopped:
+        console.print(str(stopped), soft_wrap=True, highlight=False)
+        raise typer.Exit(75) from None
     console.print(f"\nTrained model: {final}", soft_wrap=True, highlight=False)
-    console.print(f"Metrics:       {Path(settings.out) / training.METRICS}", soft_wrap=True, highlight=False)
+    console.print(f"Metrics:       {Path(settings.out) / METRICS}", soft_wrap=True, highlight=False)
 
 
 @app.command("eval")

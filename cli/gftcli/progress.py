@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -130,7 +130,7 @@ def training(console: Console, config: "TrainConfig") -> Iterator[Callable[["Tra
         yield listen
 
 
-def step_note(metrics: "dict[str, float | int | None]") -> str:
+def step_note(metrics: "dict[str, Any]") -> str:
     """The few numbers of a step that fit on a line."""
     parts = [f"loss {metrics['loss']:+.4f}", f"grad {metrics['grad_norm']:.3f}"]
     if metrics.get("rectified_fraction") is not None:

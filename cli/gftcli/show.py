@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import EvalResult
-    from gfttrain.train import Prepared
+    from gfttrain.forecast import Forecast
+    from gfttrain.prepare import Prepared
 
 
 def open_console() -> Console:
     """The terminal, or, where the output is a file, something wide enough that no table is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
+
+
+def silent_console() -> Console:
+    """For a rank that leaves the talking to the first."""
+    return Console(quiet=True)
 
 
 def table(*columns: str) -> Table:
@@ -188,24 +194,36 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
     console.print(rows)
 
 
-def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared") -> None:
-    """What `gft train` would do."""
+def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared", expected: "Forecast") -> None:
+    """What `gft train` would do, and about what it would take."""
     index, selection = prepared.index, prepared.selection
-    zero = sum(
-        not selection.advantages_R[index.offsets[g] : index.offsets[g + 1]].any() for g in range(index.num_groups)
-    )
+    groups = {int(group) for step in prepared.steps for group in step.groups}
+    zero = sum(not selection.advantages_R[index.offsets[g] : index.offsets[g + 1]].any() for g in groups)
+    filtered = int((~selection.kept_G).sum())
     epochs, batch = config.epochs, config.batch.groups_per_step
     state = "finished already" if prepared.finished else f"{prepared.first_step} done" if prepared.first_step else "new"
     used, trained = int(selection.used_R.sum()), int(selection.trained_R.sum())
+    layout = expected.layout
+    left = len(prepared.steps) - prepared.first_step
+    sampled = f" (of {expected.steps_laid_out:,} of {left:,} steps)" if expected.steps_laid_out < left else ""
     facts(
         console,
         {
             "steps": f"{len(prepared.steps):,} of {batch} groups, {epochs} epochs ({state})",
-            "groups": f"{index.num_groups:,}, {zero:,} of them without signal ({zero / index.num_groups:.1%})",
+            "groups": f"{len(groups):,}, {zero:,} of them without signal ({zero / max(1, len(groups)):.1%}): counted, "
+            "not computed" + (f"; {filtered:,} left out by filter" if filtered else ""),
             "responses": f"{used:,} of {len(index.rewards):,} used, {trained:,} of them computed",
             "tokens": f"{sum(step.num_loss_tokens for step in prepared.steps):,} response tokens in the loss",
+            "positions": f"{layout.computed_positions:,} computed in {layout.micro_batches:,} micro-batches{sampled}",
+            "packing": f"{layout.packing_efficiency:.1%} of them are no padding; shared prompts save "
+            f"{layout.prefix_saving:.1%}; the largest micro-batch has {layout.largest_micro_batch:,}",
             "objective": config.objective.model_dump_json(exclude_defaults=True) + " (beside the defaults: GFT)",
-            "model": config.model,
+            "model": f"{config.model} ({prepared.num_parameters / 1e6:,.1f}M parameters)",
+            "memory": f"about {(expected.weight_bytes + expected.activation_bytes) / 2**30:.1f} GiB a device: "
+            f"{expected.weight_bytes / 2**30:.1f} weights, gradients and optimizer, "
+            f"{expected.activation_bytes / 2**30:.1f} activations",
+            "time": f"about {duration(expected.seconds)}: {expected.flops:.2e} FLOPs at half the "
+            f"{expected.gemm_flops_per_second / 1e12:,.2f} TFLOP/s that matrix products reach on this device now",
             "output": f"{config.out} (nothing was written)",
         },
     )

@@ -828,7 +828,7 @@ def test_an_output_of_gft_generate_is_not_continued(data: Path, tmp_path: Path, 
 
 def test_training_takes_what_was_derived(generated: Path, demo: Path, tmp_path: Path) -> None:
     from gfttrain.config import TrainConfig
-    from gfttrain.train import prepare
+    from gfttrain.prepare import prepare
 
     derive(plan_rejudge(generated, tmp_path / "judged", rejudge_config("numeric")))
     derive(plan_rescore(tmp_path / "judged", tmp_path / "scored", rescore_config(demo / "model")))

@@ -163,11 +163,16 @@ def test_kl_to_another_model_is_the_mean_over_tokens(tmp_path: Path) -> None:
         for k in range(32)
     ]
     samples = engine.sample(requests, config.sampling.with_limit(48))
-    examples = [Example(s.request.prompt_ids, s.response_ids, s.behavior_logprobs, 0.0, 0) for s in samples]
-    batch = collate(examples)
+    one, codes = np.zeros(1), np.zeros(1, np.int32)
+    examples = [
+        Example(s.request.prompt_ids, (s.response_ids,), (s.behavior_logprobs,), one, codes, (0,)) for s in samples
+    ]
+    batch = collate(examples, "padded")
     with torch.no_grad():
         pi, ref = (
-            m(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits[batch.predicts_BL].log_softmax(-1)
+            m(batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
+            .logits.flatten(0, 1)[batch.predicts_N]
+            .log_softmax(-1)
             for m in (base, model)
         )
     exact = float((pi.exp() * (pi - ref)).sum(-1).mean())

@@ -10,13 +10,19 @@ from training_helpers import make_index, random_groups
 from gftdata.errors import UserError
 from gftdata.shards import Index
 from gfttrain.advantage import group_advantages
-from gfttrain.config import BatchConfig, ObjectiveConfig
+from gfttrain.config import BatchConfig, FilterConfig, ObjectiveConfig
 from gfttrain.plan import (
+    Cost,
+    Layout,
+    LayoutTotals,
     Selection,
     Step,
+    check_context,
     check_selection,
+    lay_out,
+    layout_totals,
     make_schedule,
-    micro_batches,
+    pass_rate,
     schedule_hash,
     select,
     shuffled_groups,
@@ -147,33 +153,100 @@ def test_min_reward_keeps_the_threshold_itself() -> None:
     assert select(index, ObjectiveConfig(advantage="one", min_reward=-9.0)).used_R.tolist() == [True] * 3 + [False]
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+COST = Cost(per_token=100.0, per_pair=1.0, per_response_token=10.0)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
 @pytest.mark.parametrize("budget", [1, 60, 200, 10**6])
-def test_micro_batches_cover_every_trained_response_once_within_the_budget(
-    index: Index, budget: int, layout: str
+def test_a_layout_covers_every_trained_response_once_within_the_budget(
+    index: Index, budget: int, layout: str, num_ranks: int
 ) -> None:
     batch = BatchConfig.model_validate({"groups_per_step": 20, "micro_batch_tokens": budget, "layout": layout})
     selection = select(index, GFT)
     for step in schedule(index, selection, groups_per_step=20):
-        cuts = micro_batches(index, selection, step, batch)
-        found = sorted((row.group, row.response) for rows in cuts for row in rows)
-        assert found == sorted(
-            (int(g), int(r - index.offsets[g]))
+        ranks = lay_out(index, selection, step, batch, COST, num_ranks)
+        assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
+        packs = [pack for rank in ranks for pack in rank]
+        pieces = [piece for pack in packs for piece in pack]
+        expected = [
+            (int(g), int(r))
             for g in step.groups
             for r in range(index.offsets[g], index.offsets[g + 1])
             if selection.trained_R[r]
-        )
-        for rows in cuts:
-            for row in rows:
-                tokens = index.num_tokens[index.offsets[row.group] + row.response]
-                assert row.length == index.num_prompt_tokens[row.group] + tokens
-            lengths = [row.length for row in rows]
-            size = len(rows) * max(lengths) if layout == "padded" else sum(lengths)
-            assert size <= budget or len(rows) == 1
+        ]
+        assert sorted((piece.group, r) for piece in pieces for r in piece.responses) == sorted(expected)
+        for piece in pieces:
+            inside = sum(int(index.num_tokens[r]) - 1 for r in piece.responses)
+            assert piece.num_tokens == index.num_prompt_tokens[piece.group] + inside
+            assert len(piece.responses) == 1 or layout == "shared_prefix"
+        for pack in packs:
+            sizes = [piece.num_tokens for piece in pack]
+            size = len(sizes) * max(sizes, default=0) if layout == "padded" else sum(sizes)
+            assert size <= budget or (len(pack) == 1 and len(pack[0].responses) == 1)
         if budget == 10**6:
-            assert len(cuts) == min(1, len(found))
-        keys = [row.key for rows in cuts for row in rows]
-        assert len(set(keys)) == len(keys)
+            assert len(packs) == (num_ranks if expected else 0)
+
+
+def test_a_group_stays_together_where_it_fits() -> None:
+    index = make_index([[("self", float(k % 2), 10) for k in range(8)]], prompt_tokens=50)
+    selection = select(index, GFT)
+    (step,) = schedule(index, selection)
+    ((pack,),) = lay_out(index, selection, step, BatchConfig(), COST)
+    (piece,) = pack
+    assert piece.responses == tuple(range(8)) and piece.num_tokens == 50 + 8 * 9
+    ((*packs,),) = lay_out(index, selection, step, BatchConfig(micro_batch_tokens=80), COST)
+    assert sorted(len(piece.responses) for pack in packs for piece in pack) == [2, 3, 3]
+
+
+def test_cost_is_counted_token_by_token() -> None:
+    prompt, lengths = 5, [3, 1, 4]
+    # position by position: the prompt's, then each response's without its last token
+    pairs = sum(range(1, prompt + 1))
+    for length in lengths:
+        pairs += sum(prompt + t for t in range(1, length))
+    positions, flops = COST.of(prompt, lengths)
+    assert positions == prompt + 2 + 0 + 3
+    assert flops == 100.0 * positions + pairs + 10.0 * sum(lengths)
+
+
+def test_ranks_are_balanced_by_cost() -> None:
+    rng = np.random.default_rng(0)
+    groups = [[("self", float(k % 2), int(t)) for k, t in enumerate(rng.integers(10, 400, 8))] for _ in range(64)]
+    index = make_index(groups, prompt_tokens=rng.integers(10, 300, 64).tolist())
+    selection = select(index, GFT)
+    (step,) = schedule(index, selection)
+    for num_ranks in (2, 4, 8):
+        totals = layout_totals(index, selection, [step], BatchConfig(micro_batch_tokens=4096), COST, num_ranks)
+        assert totals.flops / num_ranks / totals.slowest_rank_flops > 0.97
+
+
+def test_totals_of_a_layout() -> None:
+    index = make_index([[("self", 1.0, 10), ("self", 0.0, 20)], [("self", 1.0, 5), ("self", 1.0, 5)]], prompt_tokens=7)
+    selection = select(index, GFT)
+    (step,) = schedule(index, selection)
+
+    def totals(layout: Layout) -> LayoutTotals:
+        return layout_totals(index, selection, [step], BatchConfig(layout=layout), COST, 1)
+
+    shared, packed, padded = totals("shared_prefix"), totals("packed"), totals("padded")
+    assert shared.response_tokens == packed.response_tokens == padded.response_tokens == 30  # no zero-signal group
+    assert shared.real_positions == shared.computed_positions == shared.largest_micro_batch == 7 + 9 + 19
+    assert packed.real_positions == packed.computed_positions == shared.unshared_positions == 14 + 9 + 19
+    assert padded.computed_positions == 2 * 26 and padded.real_positions == 42
+    assert shared.prefix_saving == pytest.approx(7 / 42) and packed.prefix_saving == 0
+    assert shared.packing_efficiency == 1 and padded.packing_efficiency == pytest.approx(42 / 52)
+
+
+def test_the_schedule_knows_no_ranks_and_no_layout(index: Index) -> None:
+    selection = select(index, GFT)
+    hashes = {
+        schedule_hash(
+            index, selection, schedule(index, selection, groups_per_step=20, micro_batch_tokens=budget), ["a"]
+        )
+        for budget in (50, 5000)
+    }
+    assert len(hashes) == 1
 
 
 def test_a_step_without_signal_has_no_micro_batch() -> None:
@@ -181,7 +254,62 @@ def test_a_step_without_signal_has_no_micro_batch() -> None:
     selection = select(index, GFT)
     (step,) = schedule(index, selection)
     assert step.num_loss_tokens == 7
-    assert micro_batches(index, selection, step, BatchConfig()) == []
+    assert lay_out(index, selection, step, BatchConfig(), COST, 2) == ((), ())
+
+
+def test_filter_by_pass_rate() -> None:
+    def group(passed: int, of: int) -> list[tuple[str, float | None, int]]:
+        return [("expert", 1.0, 3), *[("self", float(k < passed), 2) for k in range(of)]]
+
+    index = make_index([group(0, 4), group(1, 4), group(3, 4), group(4, 4), [("expert", 1.0, 1)]])
+    selection = select(index, GFT, FilterConfig(min_pass=0.25, max_pass=0.75))
+    assert selection.kept_G.tolist() == [False, True, True, False, False]
+    steps = schedule(index, selection)
+    assert sorted(steps[0].groups.tolist()) == [1, 2] and steps[0].num_loss_tokens == 22
+    everything = select(index, GFT, FilterConfig())
+    assert everything.kept_G.all()
+    of_expert = select(index, GFT, FilterConfig(min_pass=1.0, pass_sources=("expert",)))
+    assert of_expert.kept_G.all()
+    with pytest.raises(UserError, match=r"filter leaves none of 5 groups"):
+        nothing = select(index, GFT, FilterConfig(min_pass=0.9, max_pass=0.95))
+        check_selection(index, nothing, GFT, skip_unjudged=False)
+
+
+def test_filter_by_length_comes_before_the_advantages() -> None:
+    index = make_index(
+        [[("self", 1.0, 2), ("self", 0.0, 9), ("self", 0.0, 3)], [("self", 1.0, 2), ("self", 0.0, 2)]],
+        prompt_tokens=[5, 50],
+    )
+    selection = select(index, GFT, FilterConfig(max_prompt_tokens=10, max_response_tokens=8))
+    assert selection.kept_G.tolist() == [True, False]
+    assert selection.used_R.tolist() == [True, False, True, False, False]
+    expected = group_advantages([1.0, 0.0])
+    np.testing.assert_allclose(selection.advantages_R, [expected[0], 0, expected[1], 0, 0])
+
+
+def test_a_floor_under_the_advantages() -> None:
+    rewards = [("self", 1.0, 2)] * 7 + [("self", 0.0, 2)]
+    index = make_index([rewards])
+    assert select(index, GFT).advantages_R.min() == pytest.approx(-2.47, abs=0.01)
+    floored = select(index, ObjectiveConfig(advantage_floor=-1.0)).advantages_R
+    assert floored.min() == -1.0 and floored.max() == select(index, GFT).advantages_R.max()
+
+
+def test_what_is_longer_than_the_context_is_named() -> None:
+    index = make_index([[("self", 1.0, 3), ("self", 0.0, 100)], [("self", 1.0, 200), ("self", 0.0, 5)]])
+    selection = select(index, GFT)
+    check_context(index, selection, 205)
+    check_context(index, selection, None)
+    with pytest.raises(
+        UserError, match=r"1 responses are.*longer than the 204 positions.*205, is of row 1 of row group 0"
+    ):
+        check_context(index, selection, 204)
+
+
+def test_pass_rate_of_sources() -> None:
+    index = make_index([[("self", 1.0, 2), ("self", 0.0, 2), ("self", None, 2), ("expert", 1.0, 1)]])
+    assert pass_rate(index, ("self",)) == 0.5 and pass_rate(index, ("expert",)) == 1.0
+    assert pass_rate(index, ("teacher",)) is None
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
@@ -288,7 +416,7 @@ def test_a_hundred_thousand_groups() -> None:
     selection = select(index, GFT)
     steps = schedule(index, selection, groups_per_step=64)
     schedule_hash(index, selection, steps, [])
-    cuts = micro_batches(index, selection, steps[0], BatchConfig())
+    cuts = lay_out(index, selection, steps[0], BatchConfig(), COST)
     print(f"planned in {time.perf_counter() - began:.2f} s")
     assert sum(step.num_loss_tokens for step in steps) == index.num_tokens.sum()
     assert sum(len(step.groups) for step in steps) == count

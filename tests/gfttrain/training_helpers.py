@@ -1,6 +1,7 @@
 """What several tests of gfttrain share: synthetic indexes, tiny models of several families, gradients."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gftdata.config import validate_config
 from gftdata.shards import Index
+from gfttrain.attention import NAME
 from gfttrain.config import TrainConfig
-from gfttrain.model import response_logprobs
-from gfttrain.stream import Example, collate
+from gfttrain.model import Policy, no_losses
+from gfttrain.plan import Layout
+from gfttrain.stream import Batch, Example, collate
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "samples" / "demo"
@@ -68,19 +71,25 @@ def train_settings(data: Path, out: Path, /, **overrides: Any) -> TrainConfig:
     return validate_config(TrainConfig, settings, "test")
 
 
+SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
+    "llama": {"tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 7},
-    "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {**SLIDING, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": SLIDING,
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.3},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "bloom": {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.0},
 }
+PADDED_ONLY = ("bloom",)  # its position bias knows nothing of segments
+PACKED = [family for family in FAMILIES if family not in PADDED_ONLY]
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+def tiny_policy(family: str, dtype: torch.dtype = torch.float64, layout: Layout = "shared_prefix") -> Policy:
     """A random model of a few thousand weights, of the demo model's vocabulary size."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](
@@ -98,48 +107,91 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **settings: Any)
             "eos_token_id": 1,
             "attention_dropout": 0.0,
             **FAMILIES[family],
-            **settings,
         }
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype).train()
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that a leak between responses shows
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)
-    return model
+    return as_policy(model, layout)
 
 
-def random_examples(count: int, *, seed: int = 0, vocab: int = 18, longest: int = 20) -> list[Example]:
+def as_policy(model: Any, layout: Layout = "shared_prefix") -> Policy:
+    """A model for a layout; one in float64 in that width throughout, where transformers computes norms in float32."""
+    for module in model.modules():
+        if model.dtype == torch.float64 and type(module).__name__ in PLAIN_NORMS:
+            module.forward = partial(_wide_norm, module)
+    if layout != "padded":
+        model.set_attn_implementation(NAME)
+    return Policy(model)
+
+
+PLAIN_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "GraniteRMSNorm")
+NARROW_INSIDE = ("gemma2", "gemma3_text", "cohere")  # norms or positions of their own kinds, in float32 at any width
+
+
+def _wide_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def random_examples(count: int, *, seed: int = 0, vocab: int = 18, longest: int = 20, most: int = 4) -> list[Example]:
+    """Groups of 1 to `most` responses, of 1 to `longest` - 1 tokens."""
     rng = np.random.default_rng(seed)
     examples = []
-    for number in range(count):
+    number = 0
+    for _ in range(count):
+        size = int(rng.integers(1, most + 1))
         prompt = rng.integers(3, vocab, rng.integers(1, 9)).astype(np.int32)
-        response = rng.integers(1, vocab, rng.integers(1, longest)).astype(np.int32)
-        ref = -rng.exponential(1.0, len(response)).astype(np.float32)
-        examples.append(Example(prompt, response, ref, float(rng.normal()), number % 3))
+        responses = [rng.integers(1, vocab, rng.integers(1, longest)).astype(np.int32) for _ in range(size)]
+        refs = [-rng.exponential(1.0, len(ids)).astype(np.float32) for ids in responses]
+        codes = np.arange(number, number + size, dtype=np.int32) % 3
+        examples.append(
+            Example(
+                prompt, tuple(responses), tuple(refs), rng.normal(size=size), codes, tuple(range(number, number + size))
+            )
+        )
+        number += size
     return examples
+
+
+def count_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(ids) for example in examples for ids in example.response_ids)
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # log-probs, advantages, ref -> losses
 
 
+def logprobs_of(policy: Policy, examples: Sequence[Example], layout: Layout) -> torch.Tensor:
+    dtype = next(policy.parameters()).dtype
+    with torch.no_grad():
+        return policy(collate(examples, layout, dtype), no_losses)[2]
+
+
 def gradient(
-    model: Any, pieces: Sequence[Sequence[Example]], layout: Any, loss: Loss, num_loss_tokens: int
+    policy: Policy, pieces: Sequence[Sequence[Example]], layout: Layout, loss: Loss, num_loss_tokens: int
 ) -> torch.Tensor:
     """The gradient over all parameters, as one vector, of a step that is cut into `pieces`."""
-    model.zero_grad(set_to_none=True)
-    dtype = next(model.parameters()).dtype
+    policy.zero_grad(set_to_none=True)
+    dtype = next(policy.parameters()).dtype
     for piece in pieces:
         batch = collate(piece, layout, dtype)
-        logprobs_N, _ = response_logprobs(model, batch)
-        (loss(logprobs_N, batch.advantages_N, batch.ref_logprobs_N).sum() / num_loss_tokens).backward()
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+        def losses(logprobs_C: torch.Tensor, chunk: slice, b: Batch = batch) -> torch.Tensor:
+            return loss(logprobs_C, b.advantages_N[chunk], b.ref_logprobs_N[chunk])
+
+        (policy(batch, losses)[0] / num_loss_tokens).backward()
+    return flat_gradient(policy)
+
+
+def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
     return torch.cat([part.reshape(-1) for part in parts]).clone()
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in the Euclidean norm."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

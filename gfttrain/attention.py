@@ -1,0 +1,461 @@
+"""Attention over packed groups: the responses of a group share its prompt, which is computed once.
+
+A packed row holds pieces one after the other, each a prompt and then its responses:
+
+    prompt a | response a1 | response a2 | prompt b | response b1 | ...
+
+A response sees its prompt and itself, causally; positions go on after the prompt. `visible` says this as a mask and is
+the definition; FlexAttention (CUDA) and flash attention in parts (CPU) compute the same without building it. All three
+hang in transformers' attention interface under NAME, so no model is forked; without segments NAME is plain causal
+attention.
+
+Shapes: L positions of the packed row, H query heads, K key-value heads, D head size, B segments of a batch of like
+ones, T positions of a segment, S keys.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "gft_shared_prefix"
+CALL_OVERHEAD = 128 * 128  # score elements that are computed in the time a call of the kernel costs
+PROMPT = -1  # the response number of a prompt's positions
+
+Ints = npt.NDArray[np.int64]
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Where prompts and responses lie in a packed row. Responses follow their prompt without a gap."""
+
+    prompt_starts: Ints  # of each piece
+    prompt_lengths: Ints
+    response_starts: Ints  # of each response, of all pieces
+    response_lengths: Ints  # positions: one less than its tokens, so it may be 0
+    piece_of_response: Ints
+    piece_L: torch.Tensor
+    response_L: torch.Tensor  # PROMPT, or the number of the response in the row
+    position_L: torch.Tensor
+    built: dict[Any, Any] = field(default_factory=dict)  # what the backends derive from it, once a row
+
+    def to(self, device: torch.device) -> "Segments":
+        piece, response, position = (
+            t.to(device, non_blocking=True) for t in (self.piece_L, self.response_L, self.position_L)
+        )
+        return replace(self, piece_L=piece, response_L=response, position_L=position, built={})
+
+    def span(self) -> int:
+        """The longest prompt with a response: a sliding window that is wider changes nothing."""
+        ends = self.prompt_lengths[self.piece_of_response] + self.response_lengths
+        return int(max(self.prompt_lengths.max(initial=0), ends.max(initial=0)))
+
+
+def visible(segments: Segments, window: int | None = None) -> torch.Tensor:
+    """The definition: which position (row) sees which (column), bool [L, L]. `window` is a sliding window's width."""
+    order = torch.arange(len(segments.position_L), device=segments.position_L.device)
+    return _sees(segments, window)(None, None, order[:, None], order[None, :])
+
+
+def _sees(segments: Segments, window: int | None) -> Callable[..., torch.Tensor]:
+    piece_L, response_L, position_L = segments.piece_L, segments.response_L, segments.position_L
+
+    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        same = (piece_L[query] == piece_L[key]) & (key <= query)
+        same = same & ((response_L[key] == PROMPT) | (response_L[key] == response_L[query]))
+        return same if window is None else same & (position_L[query] - position_L[key] < window)
+
+    return sees
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D]."""
+    if segments is None:
+        if softcap is not None:
+            return _softcapped(query, key, value, attention_mask, scaling, softcap), None
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")  # `model.py` refuses such models before
+    if sliding_window is not None and sliding_window >= segments.span():
+        sliding_window = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # positions are applied in float32, so queries come wider
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.is_cuda:
+        out = _flex(query, key, value, segments, sliding_window, scale, softcap)
+    elif query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
+        out = _in_parts(query, key, value, segments, sliding_window, scale)
+    else:
+        out = _masked(query, key, value, segments, sliding_window, scale, softcap)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """With the mask built: for devices and models that the other two do not serve. Returns [1, H, L, D]."""
+    mask_LL = segments.built.get(("mask", window))
+    if mask_LL is None:
+        mask_LL = segments.built[("mask", window)] = visible(segments, window)
+    if softcap is not None:
+        return _softcapped(query, key, value, mask_LL, scale, softcap).transpose(1, 2)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL, scale=scale)
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """softmax(softcap * tanh(q k / softcap)) v, which no fused kernel on a CPU computes. Returns [1, L, H, D]."""
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ repeat_kv(key, groups).transpose(2, 3)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        length = scores.shape[-1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    out: torch.Tensor = scores.softmax(-1) @ repeat_kv(value, groups)
+    return out.transpose(1, 2)
+
+
+# ---- CUDA
+
+
+@cache
+def _compiled_flex() -> tuple[Any, Any]:
+    """Compiled once for all lengths."""
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """FlexAttention (arXiv:2412.05496): blocks of the mask that nothing sees are skipped. Returns [1, H, L, D]."""
+    attention, make_mask = _compiled_flex() if query.is_cuda else (flex_attention, create_block_mask)
+    mask: BlockMask | None = segments.built.get(("blocks", window))
+    if mask is None:
+        length = len(segments.position_L)
+        mask = make_mask(_sees(segments, window), None, None, length, length, device=query.device)
+        segments.built[("blocks", window)] = mask
+    score = None if softcap is None else partial(_cap_score, softcap)
+    grouped = query.shape[1] != key.shape[1]
+    out: torch.Tensor = attention(query, key, value, score_mod=score, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out
+
+
+def _cap_score(softcap: float, score: torch.Tensor, *_: Any) -> torch.Tensor:
+    return softcap * torch.tanh(score / softcap)
+
+
+# ---- CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Queries of B segments of like length looking at the keys of as many: one call of the kernel."""
+
+    queries: torch.Tensor | slice  # [B * T] positions; of one segment, a slice
+    keys: torch.Tensor | slice  # [B * S]
+    count: int  # B
+    real: torch.Tensor | None  # [B * T] bool, where queries are padded
+    causal: bool
+    mask: torch.Tensor | None  # additive [B, 1, T, S], for a sliding window
+
+
+def _in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Flash attention on the parts of the mask that are not empty. Returns [1, H, L, D].
+
+    Three kinds of parts: prompts with themselves, responses with themselves, responses with their prompt. The last two
+    are merged by their log-sum-exps, as blocks are within flash attention (arXiv:2205.14135) and ring attention.
+    """
+    plan = segments.built.get(("parts", window, query.dtype))
+    if plan is None:
+        plan = segments.built["parts", window, query.dtype] = _plan_parts(segments, window, query.dtype)
+    out: torch.Tensor = _parts_attention(query, key, value, plan, scale)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    within: tuple[Part, ...]  # every position is a query of one of them
+    across: tuple[Part, ...]  # a response's positions once more, with their prompt's
+
+
+def _plan_parts(segments: Segments, window: int | None, dtype: torch.dtype) -> _Plan:
+    position_L = segments.position_L.numpy()
+    starts = np.concatenate([segments.prompt_starts, segments.response_starts])
+    lengths = np.concatenate([segments.prompt_lengths, segments.response_lengths])
+    within = [
+        _part(starts[chosen], lengths[chosen], starts[chosen], lengths[chosen], True, window, position_L, dtype)
+        for chosen in _alike(lengths, lengths)
+    ]
+    # all responses of a piece look at its prompt together: to the prompt they are one segment
+    pieces = len(segments.prompt_starts)
+    first = segments.prompt_starts + segments.prompt_lengths
+    after = np.bincount(segments.piece_of_response, segments.response_lengths, minlength=pieces).astype(np.int64)
+    across = [
+        _part(
+            first[chosen],
+            after[chosen],
+            segments.prompt_starts[chosen],
+            segments.prompt_lengths[chosen],
+            False,
+            window,
+            position_L,
+            dtype,
+        )
+        for length in np.unique(segments.prompt_lengths)
+        for chosen in _alike(np.where(segments.prompt_lengths == length, after, 0), np.full(pieces, length))
+    ]
+    return _Plan(tuple(within), tuple(across))
+
+
+def _alike(lengths: Ints, widths: Ints) -> Iterator[Ints]:
+    """Segments that go into one call: the longest first, others while padding them costs less than another call."""
+    chosen: list[int] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        if lengths[number] == 0:
+            break
+        if chosen:
+            width = max(int(widths[chosen[0]]), int(widths[number]))
+            if (lengths[chosen[0]] - lengths[number]) * width > CALL_OVERHEAD:
+                yield np.array(chosen)
+                chosen = []
+        chosen.append(number)
+    if chosen:
+        yield np.array(chosen)
+
+
+def _part(
+    query_starts: Ints,
+    query_lengths: Ints,
+    key_starts: Ints,
+    key_lengths: Ints,
+    causal: bool,
+    window: int | None,
+    position_L: Ints,
+    dtype: torch.dtype,
+) -> Part:
+    count, num_queries, num_keys = len(query_starts), int(query_lengths.max()), int(key_lengths.max())
+    mask: torch.Tensor | None = None
+    # a padded place repeats its segment's last position; its outputs are dropped and its gradients zero
+    places_BT = query_starts[:, None] + np.minimum(np.arange(num_queries), query_lengths[:, None] - 1)
+    keys_BS = key_starts[:, None] + np.minimum(np.arange(num_keys), key_lengths[:, None] - 1)
+    if window is not None:
+        far_BTS = position_L[places_BT][:, :, None] - position_L[keys_BS][:, None, :] >= window
+        if far_BTS.any():
+            if causal:
+                far_BTS |= np.arange(num_queries)[:, None] < np.arange(num_keys)
+                causal = False
+            mask = torch.zeros(count, 1, num_queries, num_keys, dtype=dtype)
+            mask.masked_fill_(torch.from_numpy(far_BTS[:, None]), -torch.inf)
+    if count == 1:
+        first, other = int(query_starts[0]), int(key_starts[0])
+        return Part(slice(first, first + num_queries), slice(other, other + num_keys), 1, None, causal, mask)
+    real = torch.from_numpy((np.arange(num_queries) < query_lengths[:, None]).reshape(-1))
+    return Part(
+        torch.from_numpy(places_BT.reshape(-1)),
+        torch.from_numpy(keys_BS.reshape(-1)),
+        count,
+        None if real.all() else real,
+        causal,
+        mask,
+    )
+
+
+class _PartsAttention(torch.autograd.Function):
+    """query [1, H, L, D], key and value [1, K, L, D] -> [1, H, L, D].
+
+    The backward pass of each part takes the merged output and log-sum-exp: with them, the kernel's own formula gives
+    the part's share of the gradient of the whole softmax.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float
+    ) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        q_LHD, k_LHD, v_LHD = _rows(query), _rows(key, groups), _rows(value, groups)
+        out_LHD = torch.empty_like(q_LHD)
+        lse_LH = torch.empty(q_LHD.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for part in plan.within:
+            out_NHD, lse_NH = _forward_part(part, q_LHD, k_LHD, v_LHD, scale)
+            _put(part, out_LHD, out_NHD)
+            _put(part, lse_LH, lse_NH)
+        for part in plan.across:
+            out_NHD, lse_NH = _forward_part(part, q_LHD, k_LHD, v_LHD, scale)
+            own_NH = lse_LH[part.queries]
+            merged_NH = torch.logaddexp(own_NH, lse_NH)
+            own_share, share = (own_NH - merged_NH).exp()[..., None], (lse_NH - merged_NH).exp()[..., None]
+            _put(part, out_LHD, (out_LHD[part.queries] * own_share + out_NHD * share).to(out_LHD.dtype))
+            _put(part, lse_LH, merged_NH)
+        ctx.save_for_backward(query, key, value, out_LHD, lse_LH)
+        ctx.plan, ctx.scale = plan, scale
+        return out_LHD.transpose(0, 1)[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out_LHD, lse_LH = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        groups = query.shape[1] // key.shape[1]
+        q_LHD, k_LHD, v_LHD, grad_LHD = _rows(query), _rows(key, groups), _rows(value, groups), _rows(grads[0])
+        dq_LHD, dk_LHD, dv_LHD = torch.zeros_like(q_LHD), torch.zeros_like(k_LHD), torch.zeros_like(v_LHD)
+        for part in (*plan.within, *plan.across):
+            grad_NHD = grad_LHD[part.queries]
+            if part.real is not None:
+                grad_NHD = grad_NHD * part.real[:, None, None]
+            dq, dk, dv = flash_backward(
+                _batch(grad_NHD, part.count),
+                _batch(q_LHD[part.queries], part.count),
+                _batch(k_LHD[part.keys], part.count),
+                _batch(v_LHD[part.keys], part.count),
+                _batch(out_LHD[part.queries], part.count),
+                lse_LH[part.queries].unflatten(0, (part.count, -1)).transpose(1, 2),
+                0.0,
+                part.causal,
+                attn_mask=part.mask,
+                scale=ctx.scale,
+            )
+            _add(part.queries, dq_LHD, dq)
+            _add(part.keys, dk_LHD, dk)
+            _add(part.keys, dv_LHD, dv)
+        kv_heads = key.shape[1]
+        dk, dv = (t.unflatten(1, (kv_heads, groups)).sum(2) if groups > 1 else t for t in (dk_LHD, dv_LHD))
+        return (*(t.transpose(0, 1)[None] for t in (dq_LHD, dk, dv)), None, None)
+
+
+# its parts differ from batch to batch: nothing to compile once
+_parts_attention: Callable[..., torch.Tensor] = torch.compiler.disable(_PartsAttention.apply)
+
+
+def _rows(heads: torch.Tensor, repeat: int = 1) -> torch.Tensor:
+    """[1, H, L, D] -> [L, H * repeat, D], contiguous."""
+    rows: torch.Tensor = heads[0].transpose(0, 1)
+    if repeat > 1:
+        rows = rows.repeat_interleave(repeat, dim=1)
+    return rows.contiguous()
+
+
+def _batch(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[B * T, H, D] -> [B, H, T, D]."""
+    batch: torch.Tensor = rows.unflatten(0, (count, -1))
+    return batch.transpose(1, 2)
+
+
+def _forward_part(
+    part: Part, q_LHD: torch.Tensor, k_LHD: torch.Tensor, v_LHD: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = flash(
+        _batch(q_LHD[part.queries], part.count),
+        _batch(k_LHD[part.keys], part.count),
+        _batch(v_LHD[part.keys], part.count),
+        0.0,
+        part.causal,
+        attn_mask=part.mask,
+        scale=scale,
+    )
+    if part.mask is not None:  # the kernel says 0 where a query sees no key at all
+        lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
+    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _put(part: Part, target: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write the real rows of a part's queries."""
+    if isinstance(part.queries, slice) or part.real is None:
+        target[part.queries] = rows
+    else:
+        target[part.queries[part.real]] = rows[part.real]
+
+
+def _add(places: torch.Tensor | slice, target: torch.Tensor, part: torch.Tensor) -> None:
+    rows = part.transpose(1, 2).flatten(0, 1)
+    if isinstance(places, slice):
+        target[places] += rows
+    else:
+        target.index_add_(0, places, rows)  # a padded place adds zero to the position that it repeats
+
+
+def make_segments(prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]]) -> Segments:
+    """Segments of a packed row, from the positions that each piece's prompt and responses take."""
+    prompts = np.array(prompt_lengths, np.int64)
+    piece_of_response = np.repeat(np.arange(len(prompts)), [len(lengths) for lengths in response_lengths])
+    flat = np.array([length for lengths in response_lengths for length in lengths], np.int64)
+    kinds, lengths, pieces, offsets = [], [], [], []
+    number = 0
+    for piece, (prompt, inside) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+        kinds += [PROMPT, *range(number, number + len(inside))]
+        lengths += [prompt, *inside]
+        pieces += [piece] * (1 + len(inside))
+        offsets += [0] + [prompt] * len(inside)
+        number += len(inside)
+    sizes = np.array(lengths, np.int64)
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    kind = np.array(kinds, np.int64)
+    position = np.arange(int(sizes.sum())) + np.repeat(np.array(offsets, np.int64) - starts, sizes)
+    return Segments(
+        prompt_starts=starts[kind == PROMPT],
+        prompt_lengths=prompts,
+        response_starts=starts[kind != PROMPT],
+        response_lengths=flat,
+        piece_of_response=piece_of_response,
+        piece_L=torch.from_numpy(np.repeat(pieces, sizes)),
+        response_L=torch.from_numpy(np.repeat(kind, sizes)),
+        position_L=torch.from_numpy(position),
+    )

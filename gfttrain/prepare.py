@@ -1,0 +1,202 @@
+"""What `gft train` finds out before it loads a model: data, plan, where it goes on, what is wrong.
+
+Also the run folder, so that others can tell a finished run from one that is not.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from gftdata.config import recipe_differences
+from gftdata.errors import UserError
+from gftdata.models import model_revision
+from gftdata.shards import Index, Manifest, check_writable, read_index, read_manifest, shard_paths, write_atomic
+from gftdata.tokens import Tokenizer, load_tokenizer
+from gftdata.types import SELF
+from gfttrain import checkpoint
+from gfttrain.config import EvalConfig, TrainConfig, TrainEvalConfig
+from gfttrain.evaluate import eval_prompts
+from gfttrain.loggers import check_loggers
+from gfttrain.model import check_layout, outline, parameter_counts, training_cost
+from gfttrain.plan import (
+    Cost,
+    Selection,
+    Step,
+    check_context,
+    check_selection,
+    make_schedule,
+    pass_rate,
+    schedule_hash,
+    select,
+)
+from gfttrain.runs import FINAL, RUN
+
+WEAK_PASS_RATE = 0.4  # below it, training on stored groups was seen to diverge
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that has been found sound: its data, its schedule, and where it goes on."""
+
+    tokenizer: Tokenizer
+    manifests: tuple[Manifest, ...]
+    index: Index
+    selection: Selection
+    steps: tuple[Step, ...]
+    schedule_hash: str
+    cost: Cost
+    num_parameters: int
+    resume_from: Path | None
+    first_step: int
+    finished: bool
+    notices: tuple[str, ...]
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Check everything that can be checked and plan the run. Writes nothing. Raises UserError."""
+    folders = [Path(folder) for folder in config.data]
+    manifests = [read_manifest(folder) for folder in folders]
+    tokenizer = load_tokenizer(config.model)
+    notices = [note for pair in zip(folders, manifests, strict=True) for note in _check_model(config, tokenizer, *pair)]
+    outlined = outline(config.model)
+    check_layout(outlined, config.batch.layout)
+    index = read_index([path for pair in zip(folders, manifests, strict=True) for path in shard_paths(*pair)])
+    selection = select(index, config.objective, config.filter)
+    skip_unjudged = config.unjudged_groups == "skip"
+    check_selection(index, selection, config.objective, skip_unjudged=skip_unjudged)
+    check_context(index, selection, getattr(outlined.config.get_text_config(), "max_position_embeddings", None))
+    notices += _weakness(config, index)
+    steps = make_schedule(
+        index,
+        selection,
+        config.batch,
+        seed=config.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        skip_unjudged=skip_unjudged,
+    )
+    digest = schedule_hash(index, selection, steps, [record.sha256 for m in manifests for record in m.shards])
+    check_loggers(config.loggers)
+    if config.evaluation is not None:  # a wrong column or an unknown reward would show after hours
+        eval_prompts(eval_settings(config, config.evaluation), tokenizer)
+    out = Path(config.out)
+    _check_output(config, out)
+    resume_from = checkpoint.latest(out)
+    position = checkpoint.read_position(resume_from) if resume_from else checkpoint.Position(0, digest)
+    if position.schedule_hash != digest:
+        raise UserError(
+            f"{resume_from}: was saved on other data: the schedule of steps differs; restore the data, or name "
+            "another run folder (out)"
+        )
+    make_scheduler(config, make_optimizer(config, [torch.zeros(1)]), len(steps))  # a wrong name is found here
+    return Prepared(
+        tokenizer=tokenizer,
+        manifests=tuple(manifests),
+        index=index,
+        selection=selection,
+        steps=steps,
+        schedule_hash=digest,
+        cost=training_cost(outlined),
+        num_parameters=parameter_counts(outlined)[0],
+        resume_from=resume_from,
+        first_step=position.step,
+        finished=(out / FINAL).is_dir(),
+        notices=tuple(notices),
+    )
+
+
+def eval_settings(config: TrainConfig, settings: TrainEvalConfig) -> EvalConfig:
+    """`gft eval` of the model in training."""
+    return EvalConfig(
+        model=config.model,
+        prompts=settings.prompts,
+        reward=settings.reward,
+        num_samples=settings.num_samples,
+        k=(1,),
+        greedy=False,
+        sampling=settings.sampling,
+        max_tokens=settings.max_tokens,
+        engine=settings.engine,
+        seed=config.seed,
+    )
+
+
+def write_run_file(config: TrainConfig, out: Path) -> None:
+    """Mark a folder as this run's, with the resolved config and the exact base model."""
+    run = {
+        "recipe": config.recipe(),
+        "config": config.model_dump(mode="json"),
+        "revision": model_revision(config.model),
+    }
+    write_atomic(out / RUN, json.dumps(run, indent=2) + "\n")
+
+
+def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> list[str]:
+    reference = next((record for record in manifest.models if record.role == "reference"), None)
+    if reference is None:
+        raise UserError(f"{folder}: its manifest names no reference model")
+    if tokenizer.hash != manifest.tokenizer.hash:
+        raise UserError(
+            f"{folder}: its token ids come from the tokenizer of {reference.name}, and {config.model} has another; "
+            "train the model that the data was generated for, or generate it again with this one"
+        )
+    notices = []
+    if tokenizer.template_hash != manifest.tokenizer.template_hash:
+        notices.append(f"{folder}: was generated with another chat template than that of {config.model}")
+    if model_revision(config.model) != reference.revision:
+        notices.append(f"{folder}: its reference is {reference.name}, {config.model} has other weights")
+    return notices
+
+
+def _check_output(config: TrainConfig, out: Path) -> None:
+    check_writable(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        run = json.loads((out / RUN).read_bytes())
+        recipe, revision = run["recipe"], run["revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out}: not empty and not a run of gft train; name another folder (out)") from None
+    differing = recipe_differences(recipe, config.recipe())
+    if differing:
+        raise UserError(f"{out}: was begun with another config: {differing}; or name another folder (out)")
+    if revision != model_revision(config.model):
+        raise UserError(f"{out}: was begun from other weights of {config.model}; name another folder (out)")
+
+
+def make_optimizer(config: TrainConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW, in one kernel."""
+    optim = config.optim
+    return torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """The learning rate as a function of the step, by its name in transformers. Raises UserError."""
+    name = config.optim.schedule
+    warmup = math.ceil(config.optim.warmup_ratio * num_steps)
+    try:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+    except (ValueError, KeyError, TypeError) as error:  # TypeError: it needs a setting of its own
+        raise UserError(f"optim.schedule {name} cannot be used: {error}") from None
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise UserError(f"optim.schedule {name} follows a metric; use one of the number of steps, such as cosine")
+    return scheduler
+
+
+def _weakness(config: TrainConfig, index: Index) -> list[str]:
+    rate = pass_rate(index, (SELF,))
+    if rate is None or rate >= WEAK_PASS_RATE or config.objective.advantage == "one":
+        return []
+    return [
+        f"the model's own samples pass at a rate of {rate:.2f}: below about {WEAK_PASS_RATE} training on stored groups "
+        "can diverge (few right answers with small weights against many wrong ones); watch pass@1 with evaluation, try "
+        "RFT (min_reward: 1, advantage: one), or easier prompts"
+    ]

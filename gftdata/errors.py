@@ -1,8 +1,12 @@
-"""The one exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
+"""The exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
 
 
 class UserError(Exception):
     """Says what is wrong, where (file, row, key), what was expected and found, and what to do next."""
+
+
+class OtherRankError(UserError):
+    """A UserError that another process of the same run raises as well, and prints."""
 
 
 def first_line(error: BaseException) -> str:

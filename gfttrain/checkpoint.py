@@ -25,14 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import FSDPModule
 
 from gftdata.errors import UserError, first_line
 from gftdata.shards import fsync_folder
-from gfttrain.distributed import World, any_over, first_does, gather_json, together
+from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
 FOLDER, SHARDS, STATE, EXTRA = "checkpoints", "shards", "state.json", "extra."
-FILE_BYTES = 2**31  # of one shard's file; a rank holds two copies of one in memory while it writes
+FILE_BYTES = 2**28  # of one file of shards: while it is written, a rank holds it twice in memory
 NEXT = "delete this checkpoint, and the run goes on from the one before"
 Kind = list[Any]  # of a tensor, as in state.json: ["float32", [576, 1536]]
 
@@ -136,9 +135,7 @@ def restore(
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: parameters, tied ones once, and buffers that belong to the weights."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass without a backward one, as in evaluation, leaves the root unsharded
+    reshard(model)
     in_weights = {_plain(name) for name in model.state_dict()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if _plain(name) in in_weights]

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from gftdata.engines.hf import pick_device
-from gftdata.errors import UserError, first_line
+from gftdata.errors import OtherRankError, UserError, first_line
 
 TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of every collective: rank 0 may be saving or exporting
 MISTAKE, SAVED, INTERRUPTED = 2, 75, 130  # exit codes: UserError, saved after a signal (EX_TEMPFAIL), Ctrl-C
 GRACE_S, GRACE_SAVING_S = 30.0, 600.0  # what the other ranks get to end by themselves when one has ended, not with 0
+IN_SLURM_STEP = "SLURM_STEP_NUM_TASKS"  # srun has started this process; SLURM_NTASKS is in a batch script's too
 LAUNCHER = "GFT_LAUNCHER"  # a pipe's descriptor, whose other end is closed when the launcher is gone
 
 
@@ -41,13 +42,15 @@ class World:
     device: torch.device
 
 
-class OtherRankError(UserError):
-    """A UserError that another rank raises too, and prints."""
-
-
 def alone(device: torch.device) -> World:
     """A job of one process."""
     return World(0, 0, 1, device)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, or alone: the one that talks. From the environment, before `join`."""
+    env = os.environ
+    return env.get("RANK", env["SLURM_PROCID"] if IN_SLURM_STEP in env else "0") == "0"
 
 
 def join(device_name: str, timeout: timedelta = TIMEOUT) -> World:
@@ -63,7 +66,7 @@ def join(device_name: str, timeout: timedelta = TIMEOUT) -> World:
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys()
     if torchrun:
         rank, size, local_rank = (int(env[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    elif "SLURM_STEP_NUM_TASKS" in env:  # srun has started this process; SLURM_NTASKS is in a batch script's too
+    elif IN_SLURM_STEP in env:
         rank, size, local_rank = (int(env[f"SLURM_{key}"]) for key in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
     else:
         rank, size, local_rank = 0, 1, 0
@@ -197,6 +200,13 @@ def sum_gradients(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let every parameter be its rank's share: a forward pass without a backward one leaves the root's whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from gftdata.errors import UserError, first_line
 from gftdata.tokens import Tokenizer
 from gfttrain.attention import NAME
 from gfttrain.config import LoraConfig, TrainConfig
-from gfttrain.distributed import World, agree, sum_gradients
+from gfttrain.distributed import World, agree, reshard, sum_gradients
 from gfttrain.head import Head, TokenLosses, fused_head
 from gfttrain.plan import Cost, Layout
 from gfttrain.stream import Batch, Example, collate, singles
@@ -97,6 +97,7 @@ def load_for_training(config: TrainConfig, world: World) -> Policy:
     if model is None:  # the weights come from rank 0; nothing is read and no memory touched here
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model), dtype=torch.float32)
+        model.tie_weights()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -273,6 +274,7 @@ def self_check(
 
 def trained_state(policy: Policy) -> dict[str, torch.Tensor]:
     """The trained parameters, whole, on the CPU, by their names in the model. Every rank must call it."""
+    reshard(policy)
     found: dict[str, torch.Tensor] = {}
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:

@@ -17,6 +17,7 @@ import torch
 
 from gftdata.engines.hf import HfEngine
 from gftdata.errors import UserError
+from gftdata.locations import checked_shards
 from gftdata.shards import Index, Manifest
 from gftdata.tokens import Tokenizer
 from gftdata.types import SELF
@@ -41,7 +42,7 @@ from gfttrain.objective import token_losses
 from gfttrain.plan import Pack, Step, lay_out
 from gfttrain.prepare import Prepared, eval_settings, make_optimizer, make_scheduler, prepare, write_run_file
 from gfttrain.runs import FINAL, METRICS
-from gfttrain.stream import Batch, Example, ShardReader, checked_shards, collate, read_ahead
+from gfttrain.stream import Batch, Example, ShardReader, collate, read_ahead
 
 PROBE_TOKENS = 2048  # response tokens, about, of the look at the stored log-probs before the first step
 CHECKED_RESPONSES = 4  # of each of two groups, in the self-check of the packed layout
@@ -74,16 +75,19 @@ def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
 
     Raises UserError, and Stopped after SIGTERM or SIGUSR1, when the state is saved.
     """
-    world = join(config.device)
-    try:
-        return _train(config, world, on_event if world.rank == 0 else lambda event: None)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(config, error) from None
-    finally:
-        leave(world)
+    with (
+        stop_on_signals() as stop_requested
+    ):  # from here on: a signal while the model loads must not end one rank alone
+        world = join(config.device)
+        try:
+            return _train(config, world, stop_requested, on_event if world.rank == 0 else lambda event: None)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(config, error) from None
+        finally:
+            leave(world)
 
 
-def _train(config: TrainConfig, world: World, on_event: Listener) -> Path:
+def _train(config: TrainConfig, world: World, stop_requested: Callable[[], bool], on_event: Listener) -> Path:
     with together(world):
         prepared = prepare(config)
     out, steps, index, objective = Path(config.out), prepared.steps, prepared.index, config.objective
@@ -94,8 +98,7 @@ def _train(config: TrainConfig, world: World, on_event: Listener) -> Path:
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(config, parameters)
     scheduler = make_scheduler(config, optimizer, len(steps))
-    records = [record for manifest in prepared.manifests for record in manifest.shards]
-    locate = checked_shards(index.paths, records)
+    locate = checked_shards(prepared.shards)
     reader = ShardReader(index, prepared.selection, config.batch.shuffle_row_groups, locate)
     start_notices = list(prepared.notices)
     if prepared.first_step == 0:
@@ -117,7 +120,6 @@ def _train(config: TrainConfig, world: World, on_event: Listener) -> Path:
         on_event(Event("checkpoint", step, len(steps), {}))
 
     with ExitStack() as stack:
-        stop_requested = stack.enter_context(stop_on_signals())
         loggers = config.loggers if world.rank == 0 else ()
         settings = config.model_dump(mode="json")
         log = stack.enter_context(open_loggers(loggers, out, settings, first_step=prepared.first_step))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gftdata.errors import UserError
+from gftdata.errors import OtherRankError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -354,6 +354,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
+    except OtherRankError:
+        sys.exit(2)
     except UserError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)

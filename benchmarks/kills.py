@@ -184,7 +184,7 @@ def main() -> None:
         failed = False
         kills, kept, work = 0, [], whole - first
         while True:
-            attempts, began = journals(out), time.monotonic()
+            new, attempts, began = not out.exists(), journals(out), time.monotonic()
             process = start(config)
             in_start = rng.random() < 0.25 and not options.scheduler
             while not in_start and process.poll() is None and journals(out) <= attempts:
@@ -193,7 +193,7 @@ def main() -> None:
             try:
                 pause = rng.uniform(0, first if in_start else work)
                 code = process.wait(pause if kills < options.kills else None)
-                if not in_start and not attempts:  # a whole run
+                if new and not in_start:  # a whole run
                     work = min(work, time.monotonic() - sampling)  # the machine has become faster
             except subprocess.TimeoutExpired:
                 if options.scheduler and not kill_scheduler(process):

@@ -1,15 +1,17 @@
 """What `gft generate` itself takes, the engine apart: memory for any number of prompts, Python time for a sample.
 
     python benchmarks/own_cost.py            # 1,000 and 100,000 prompts of 1 expert and 2 self responses; minutes
+    python benchmarks/own_cost.py --prompts 10000 --tokens 512
 
 Each size runs in a process of its own against a fake engine that answers at once. Memory is the peak resident size of
-our process; time is the processor time of all its threads (user and system), so that nobody's waiting counts. Engine
-and judges are other processes. Longer responses (--tokens) need a model that holds them (--model).
+our process; time is the processor time of all its threads (user and system) from the engine being up to the end, so
+that nobody's waiting counts. Engine and judges are other processes.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,12 +21,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def holding(model: Path, num_tokens: int, folder: Path) -> Path:
+    """The model, or a copy that says it has a longer context: nothing is run on it but its tokenizer."""
+    config = json.loads((model / "config.json").read_text())
+    if config["max_position_embeddings"] < 2 * num_tokens:
+        model = Path(shutil.copytree(model, folder / "model"))
+        (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2 * num_tokens}))
+    return model
+
+
 def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, float]:
     """One generation in this process."""
     import gftdata.engines.sglang as sglang
     from gftdata.config import GenerateConfig, validate_config
     from gftdata.generate import Event, generate
     from gftdata.shards import verify
+    from gftdata.tokens import encode_response, load_tokenizer
 
     sglang.WORKER = Path(__file__).with_name("fake_engine.py")
     sglang.check_python = lambda config: None
@@ -34,13 +46,14 @@ def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, flo
             for n in range(num_prompts):
                 question = f"{n // 8100 % 90 + 10}+{n // 90 % 90 + 10}+{n % 90 + 10}="
                 file.write(json.dumps({"question": question, "answer": str(n), "expert": f"={n}"}) + "\n")
+        alphabet = encode_response(load_tokenizer(model), "0123456789", ended=True).tolist()
         config = {
-            "model": model,
+            "model": str(holding(Path(model), response_tokens, Path(folder))),
             "out": str(Path(folder) / "data"),
             "prompts": {"path": str(prompts), "columns": {"ground_truth": "answer", "expert": "expert"}},
             "reward": {"name": "exact"},
             "responses": {"self": {"count": 2}, "max_tokens": response_tokens},
-            "engine": {"name": "sglang", "options": {"response_tokens": response_tokens}},
+            "engine": {"name": "sglang", "options": {"num_tokens": response_tokens, "alphabet": alphabet}},
         }
         up: list[float] = []
 
@@ -57,6 +70,7 @@ def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, flo
     assert samples == 2 * num_prompts == 2 * manifest.summary.groups
     return {
         "prompts": num_prompts,
+        "tokens": response_tokens,
         "samples": samples,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "ms_per_sample": 1000 * worked / samples,
@@ -79,11 +93,13 @@ def main() -> None:
         command += ["--model", options.model]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'prompts':>9} {'samples':>9} {'peak memory':>12} {'ratio':>6} {'Python time a sample':>21}")
+    print(
+        f"{'prompts':>9} {'samples':>9} {'of tokens':>10} {'peak memory':>12} {'ratio':>6} {'Python time a sample':>21}"
+    )
     for row in rows:
         ratio = row["peak_mb"] / rows[0]["peak_mb"]
         print(
-            f"{row['prompts']:>9,} {row['samples']:>9,} {row['peak_mb']:>9,.0f} MB {ratio:>6.3f} "
+            f"{row['prompts']:>9,} {row['samples']:>9,} {row['tokens']:>10} {row['peak_mb']:>9,.0f} MB {ratio:>6.3f} "
             f"{row['ms_per_sample']:>18.3f} ms"
         )
 

@@ -102,7 +102,7 @@ def groups_to_table(groups: Sequence[Group], logprob_dtype: str = "float32") -> 
         field = target.field(name).type
         parts = [value(r) for r in responses]
         dtype = field.value_type.value_type.to_pandas_dtype()
-        filled = [np.empty(0, dtype) if part is None else part.astype(dtype) for part in parts]
+        filled = [np.empty(0, dtype) if part is None else part.astype(dtype, copy=False) for part in parts]
         values = pa.array(np.concatenate(filled) if filled else np.empty(0, dtype), type=field.value_type.value_type)
         inner = _lists([len(part) for part in filled], values, field.value_type, [part is None for part in parts])
         return _lists(per_group, inner, field)

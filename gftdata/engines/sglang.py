@@ -9,7 +9,6 @@ Every request is n = 1 with its own seed. Log-probs of samples are decode-time, 
 come from `score`, a pass over given ids at temperature 1.
 """
 
-import base64
 import json
 import os
 import queue
@@ -59,6 +58,7 @@ BACK_OFF_S = (1.0, 5.0, 15.0, 60.0)  # before a restart, growing while restarts 
 TRIES = 3  # how often a request may fail, or be there when the engine dies, before it is given up
 SUSPECT_AFTER = 2  # deaths: the first may have had any cause
 STOP_S = 20.0  # how long an idle engine may take to end by itself
+READ_BYTES = 2**16  # of answers at once: what a pipe holds
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -275,17 +275,18 @@ class SglangEngine:
         if self._closed.is_set():  # closed while it was being started
             _kill_tree(process)
         ready = answered = False
-        with os.fdopen(reading, encoding="utf-8") as lines:
-            for line in lines:
-                if not line.endswith("\n"):
-                    break
+        with os.fdopen(reading, "rb", buffering=READ_BYTES) as pipe:
+            while (line := pipe.readline()).endswith(b"\n"):
                 message = json.loads(line)
+                numbers = pipe.read(message["bytes"])
+                if len(numbers) < message["bytes"]:
+                    break
                 if "ready" in message:
                     ready = True
                     self._on_ready(message["ready"], first)
                 else:
                     answered = True
-                    self._on_answer(message)
+                    self._on_answer(message, numbers)
         _kill_tree(process)
         self._outbox.put(None)
         writer.join(STOP_S)  # a process outside the group might hold its pipe
@@ -303,7 +304,7 @@ class SglangEngine:
         if first:
             self._ready.put(None)
 
-    def _on_answer(self, message: dict[str, Any]) -> None:
+    def _on_answer(self, message: dict[str, Any], numbers: bytes) -> None:
         number = message["id"]
         with self._lock:
             job = self._jobs.get(number)
@@ -312,7 +313,7 @@ class SglangEngine:
         failure, found = message.get("error") or failure_of(message["answer"]), None
         if not failure:
             try:
-                found = job.read(unpacked(message["answer"]))
+                found = job.read(unpacked(message["answer"], numbers))
             except BadAnswerError as error:
                 failure = str(error)
         with self._lock:
@@ -383,20 +384,23 @@ class SglangEngine:
         return (errors or said)[-1][:300]
 
 
-def unpacked(answer: dict[str, Any]) -> dict[str, Any]:
+def unpacked(answer: dict[str, Any], numbers: bytes) -> dict[str, Any]:
     """The inverse of the worker's `packed`, with arrays for lists and NaN for None."""
-    numbers = {
-        name: [_array(np.float32, a), _array(np.int32, b)]
-        for name in LOGPROBS
-        if name in answer
-        for a, b in [answer[name]]
-    }
-    ids = {"output_ids": _array(np.int32, answer["output_ids"])} if "output_ids" in answer else {}
-    return {"finish_reason": answer["finish_reason"]} | ids | numbers
+    start = 0
 
+    def take(kind: type[np.generic], length: int) -> npt.NDArray[Any]:
+        nonlocal start
+        found = np.frombuffer(numbers, kind, length, start)
+        start += found.nbytes
+        return found
 
-def _array(kind: type[np.generic], text: str) -> npt.NDArray[Any]:
-    return np.frombuffer(base64.b64decode(text), dtype=kind)
+    full = {"finish_reason": answer["finish_reason"]}
+    if "output_ids" in answer:
+        full["output_ids"] = take(np.int32, answer["output_ids"])
+    for name in LOGPROBS:
+        if name in answer:
+            full[name] = [take(np.float32, answer[name]), take(np.int32, answer[name])]
+    return full
 
 
 def open_engine(model: str, config: SglangConfig, tokenizer: Tokenizer) -> SglangEngine:

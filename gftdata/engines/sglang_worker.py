@@ -6,12 +6,12 @@ The engine's death kills its whole process tree, this process included: that is 
     python sglang_worker.py FD ENGINE_OPTIONS_JSON
 
 Reads one JSON request a line from standard input, {"id": ..., "arguments": {...}} for `Engine.async_generate`, and
-writes to file descriptor FD one line for each as it is done, {"id": ..., "answer": {...}}, as `packed` makes it, or
-{"id": ..., "error": ...}, in order of completion. The first line is {"ready": version}. Ends when standard input does.
+writes to file descriptor FD one `message` for each as it is done, {"id": ..., "answer": {...}} with its numbers, as
+`packed` makes them, or {"id": ..., "error": ...}, in order of completion. The first one is {"ready": version}. Ends
+when standard input does.
 """
 
 import asyncio
-import base64
 import json
 import math
 import os
@@ -25,17 +25,18 @@ LOGPROBS = ("input_token_logprobs", "output_token_logprobs")
 
 def main() -> None:
     descriptor, options = int(sys.argv[1]), json.loads(sys.argv[2])
-    answers = os.fdopen(descriptor, "w", buffering=1)
+    answers = os.fdopen(descriptor, "wb")
     os.set_inheritable(descriptor, False)  # the engine's own processes must not hold the pipe open when this one dies
     sys.path.pop(0)  # this folder, in which `sglang` is our own module
     import sglang  # type: ignore[import-not-found,unused-ignore]
 
     engine = sglang.Engine(**options)
 
-    def write(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+    def write(data: bytes) -> None:
+        answers.write(data)
+        answers.flush()
 
-    write({"ready": sglang.__version__})
+    write(message({"ready": sglang.__version__}))
     asyncio.run(serve(engine, write))
     os._exit(0)  # the engine's processes follow their parent; its own shutdown may hang
 
@@ -50,9 +51,10 @@ async def serve(engine: Any, write: Any) -> None:
         try:
             result = await engine.async_generate(**request["arguments"])
         except Exception as error:
-            write({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
+            write(message({"id": request["id"], "error": f"{type(error).__name__}: {error}"}))
             return
-        write({"id": request["id"], "answer": packed(reduced(result))})
+        answer, numbers = packed(reduced(result))
+        write(message({"id": request["id"], "answer": answer}, numbers))
 
     def start(request: dict[str, Any]) -> None:
         task = loop.create_task(handle(request))
@@ -78,21 +80,28 @@ def reduced(result: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def packed(answer: dict[str, Any]) -> dict[str, Any]:
-    """A reduced answer with its numbers as base64 of int32 and float32, NaN for None: a tenth of the work to read."""
+def packed(answer: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """A reduced answer with lengths in the place of arrays, and the arrays: a tenth of the work of reading JSON.
+
+    Ids are int32 and log-probs float32, NaN for None, in the machine's own order of bytes.
+    """
     small = {"finish_reason": answer["finish_reason"]}
+    arrays: list[array[Any]] = []
     if answer.get("output_ids") is not None:
-        small["output_ids"] = _base64("i", answer["output_ids"])
+        small["output_ids"] = len(answer["output_ids"])
+        arrays.append(array("i", answer["output_ids"]))
     for name in LOGPROBS:
         if name in answer:
             logprobs, ids = answer[name]
-            numbers = [math.nan if logprob is None else logprob for logprob in logprobs]
-            small[name] = [_base64("f", numbers), _base64("i", ids)]
-    return small
+            small[name] = len(ids)
+            arrays.append(array("f", [math.nan if logprob is None else logprob for logprob in logprobs]))
+            arrays.append(array("i", ids))
+    return small, b"".join(arrays)
 
 
-def _base64(kind: str, numbers: Any) -> str:
-    return base64.b64encode(array(kind, numbers)).decode()
+def message(content: dict[str, Any], numbers: bytes = b"") -> bytes:
+    """A line of JSON, and after it as many bytes as it says."""
+    return json.dumps(content | {"bytes": len(numbers)}).encode() + b"\n" + numbers
 
 
 if __name__ == "__main__":

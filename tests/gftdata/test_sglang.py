@@ -87,8 +87,9 @@ def test_a_death_loses_and_doubles_nothing(open_fake: Open) -> None:
     assert engine.restarts == 1
 
 
-def test_a_torn_answer_is_asked_again(open_fake: Open) -> None:
-    engine = open_fake(torn=[9])
+@pytest.mark.parametrize("kind", ["torn", "short"])
+def test_a_torn_answer_is_asked_again(open_fake: Open, kind: str) -> None:
+    engine = open_fake(**{kind: [9]})
     counts, refusals = answered(engine, *range(3, 15))
     assert counts == Counter(f"p{i}" for i in range(3, 15))
     assert not refusals

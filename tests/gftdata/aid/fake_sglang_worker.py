@@ -1,8 +1,9 @@
 """Speaks the protocol of sglang_worker.py and fails on demand: for the supervisor's tests.
 
 A response is the prompt's last id, counted up, then the end token 1. A prompt that holds a marked id makes the process
-die, hang up half way through a line, abort, or answer NaN; options: {"die": [ids], "die_once": [ids], "torn": [ids],
-"abort": [ids], "nan": [ids], "error": [ids], "unscorable": [ids], "slow": seconds, "no_start": bool, "log": path}.
+die, hang up half way through an answer or before its last byte, abort, or answer NaN; options: {"die": [ids],
+"die_once": [ids], "torn": [ids], "short": [ids], "abort": [ids], "nan": [ids], "error": [ids], "unscorable": [ids],
+"slow": seconds, "no_start": bool, "log": path}.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gftdata.engines.sglang_worker import packed
+from gftdata.engines.sglang_worker import message, packed
 
 
 def reason_of(kind: str) -> dict[str, object]:
@@ -23,8 +24,13 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     if options.get("no_start"):
         raise SystemExit("ValueError: this model cannot be loaded")
-    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
-    answers.write(json.dumps({"ready": "fake"}) + "\n")
+    answers = os.fdopen(int(sys.argv[1]), "wb")
+
+    def write(data: bytes) -> None:
+        answers.write(data)
+        answers.flush()
+
+    write(message({"ready": "fake"}))
     for line in sys.stdin:
         request = json.loads(line)
         ids = request["arguments"]["input_ids"]
@@ -42,15 +48,16 @@ def main() -> None:
             reason = {"type": "abort", "message": "no room"}
         if request["arguments"]["sampling_params"]["max_new_tokens"] == 0:
             if set(ids) & set(options.get("unscorable", [])):
-                answers.write(json.dumps({"id": request["id"], "error": "ValueError: too long"}) + "\n")
+                write(message({"id": request["id"], "error": "ValueError: too long"}))
                 continue
             scored = ids[request["arguments"]["logprob_start_len"] :]
             found = [[None, *[-0.25] * (len(scored) - 1)], scored]
             answer: dict[str, Any] = {"finish_reason": reason_of("length"), "input_token_logprobs": found}
-            answers.write(json.dumps({"id": request["id"], "answer": packed(answer)}) + "\n")
+            small, numbers = packed(answer)
+            write(message({"id": request["id"], "answer": small}, numbers))
             continue
         if set(ids) & set(options.get("error", [])):
-            answers.write(json.dumps({"id": request["id"], "error": "ValueError: exceeds context length"}) + "\n")
+            write(message({"id": request["id"], "error": "ValueError: exceeds context length"}))
             continue
         if "slow" in options:
             time.sleep(options["slow"])
@@ -60,13 +67,14 @@ def main() -> None:
             "output_ids": response,
             "output_token_logprobs": [[-0.5] * len(response), response],
         }
-        text = json.dumps({"id": request["id"], "answer": packed(answer)}) + "\n"
-        if set(ids) & set(options.get("torn", [])) and not Path(options["log"] + ".torn").exists():
-            Path(options["log"] + ".torn").touch()
-            answers.write(text[: len(text) // 2])
-            answers.flush()
-            os._exit(1)
-        answers.write(text)
+        small, numbers = packed(answer)
+        data = message({"id": request["id"], "answer": small}, numbers)
+        for kind, cut in (("torn", len(data) // 2), ("short", len(data) - 1)):
+            if set(ids) & set(options.get(kind, [])) and not Path(f"{options['log']}.{kind}").exists():
+                Path(f"{options['log']}.{kind}").touch()
+                write(data[:cut])
+                os._exit(1)
+        write(data)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import yaml
 
@@ -100,7 +101,7 @@ def test_a_killed_scheduler_loses_nothing(engine: SglangEngine) -> None:
     restarts = engine.restarts
     stream = engine.sample(wanted, Sampling(1.0, 1.0, 48, ()))
     found = [next(stream)]
-    kill_children("sglang::scheduler")
+    kill(p for p in psutil.Process().children(recursive=True) if p.name().startswith("sglang::schedul"))
     found += stream
     assert engine.restarts == restarts + 1
     assert Counter((s.request.prompt_id, s.request.index) for s in found) == Counter(
@@ -155,9 +156,10 @@ def test_killed_with_everything_it_started_and_continued(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(rng.uniform(0.0, 2.0))
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kill_children("sglang_worker.py", "sglang::")
+    kill(started)
     if not (out / "manifest.json").exists():
         assert list((out / "data").glob("*.parquet")) or list(journal.rglob("*.jsonl"))
     subprocess.run(command, check=True, capture_output=True, timeout=400)
@@ -167,10 +169,7 @@ def test_killed_with_everything_it_started_and_continued(
     assert set(sizes) == {6}
 
 
-def kill_children(*names: str) -> None:
-    """SIGKILL to the processes whose command line holds one of the names."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (folder / "cmdline").read_bytes().decode(errors="replace")
-            if any(name in command for name in names) and int(folder.name) != os.getpid():
-                os.kill(int(folder.name), signal.SIGKILL)
+def kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -79,6 +79,17 @@ def test_every_request_is_answered_once(open_fake: Open, tmp_path: Path) -> None
     assert set(sent(tmp_path).values()) == {1}
 
 
+def test_a_group_goes_to_one_replica_and_all_replicas_are_used(open_fake: Open, tmp_path: Path) -> None:
+    engine = open_fake(dp_size=2)
+    answered(engine, *range(3, 15), *range(3, 15))
+    engine.score([ScoreRequest(np.array([2, i], np.int32), np.array([7, 1], np.int32)) for i in range(3, 15)])
+    prompts = [json.loads(line)[1] for line in (tmp_path / "requests.log").read_text().splitlines()]
+    ranks = [json.loads(line) for line in (tmp_path / "requests.log.ranks").read_text().splitlines()]
+    rank_of = dict(zip(prompts, ranks, strict=True))
+    assert len(prompts) == 36 and set(ranks) == {0, 1}
+    assert ranks == [rank_of[prompt] for prompt in prompts]
+
+
 def test_a_death_loses_and_doubles_nothing(open_fake: Open) -> None:
     engine = open_fake(die_once=[9])
     counts, refusals = answered(engine, *range(3, 15))

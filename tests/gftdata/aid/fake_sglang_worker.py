@@ -36,6 +36,8 @@ def main() -> None:
         ids = request["arguments"]["input_ids"]
         with Path(options["log"]).open("a") as log:
             log.write(json.dumps(ids) + "\n")
+        with Path(options["log"] + ".ranks").open("a") as log:
+            log.write(json.dumps(request["arguments"].get("routed_dp_rank")) + "\n")
         if set(ids) & set(options.get("die", [])):
             os._exit(1)
         if set(ids) & set(options.get("die_once", [])) and not Path(options["log"] + ".died").exists():

@@ -13,9 +13,9 @@ Shapes: L positions of the packed row, H query heads, K key-value heads, D head 
 ones, T positions of a segment, S keys.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "gft_shared_prefix"
 CALL_OVERHEAD = 128 * 128  # score elements that are computed in the time a call of the kernel costs
+SMALLEST_FLEX_HEAD = 16
 PROMPT = -1  # the response number of a prompt's positions
 
 Ints = npt.NDArray[np.int64]
@@ -50,15 +51,18 @@ class Segments:
     built: dict[Any, Any] = field(default_factory=dict)  # what the backends derive from it, once a row
 
     def to(self, device: torch.device) -> "Segments":
-        piece, response, position = (
-            t.to(device, non_blocking=True) for t in (self.piece_L, self.response_L, self.position_L)
-        )
+        piece, response, position = (moved(t, device) for t in (self.piece_L, self.response_L, self.position_L))
         return replace(self, piece_L=piece, response_L=response, position_L=position, built={})
 
     def span(self) -> int:
         """The longest prompt with a response: a sliding window that is wider changes nothing."""
         ends = self.prompt_lengths[self.piece_of_response] + self.response_lengths
         return int(max(self.prompt_lengths.max(initial=0), ends.max(initial=0)))
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without the host waiting for it: which takes pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def visible(segments: Segments, window: int | None = None) -> torch.Tensor:
@@ -101,15 +105,16 @@ def attend(
         return out, None
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")  # `model.py` refuses such models before
-    if sliding_window is not None and sliding_window >= segments.span():
-        sliding_window = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):  # positions are applied in float32, so queries come wider
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda:
+    if query.is_cuda and query.shape[-1] >= SMALLEST_FLEX_HEAD:
         out = _flex(query, key, value, segments, sliding_window, scale, softcap)
-    elif query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
+        return out.transpose(1, 2), None
+    if sliding_window is not None and sliding_window >= segments.span():
+        sliding_window = None
+    if query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
         out = _in_parts(query, key, value, segments, sliding_window, scale)
     else:
         out = _masked(query, key, value, segments, sliding_window, scale, softcap)
@@ -156,7 +161,11 @@ def _softcapped(
     if mask is None:
         length = scores.shape[-1]
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:
+        # not -inf: a padded query may see nothing at all, and its NaN would reach the next layer's keys
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
     out: torch.Tensor = scores.softmax(-1) @ repeat_kv(value, groups)
     return out.transpose(1, 2)
 
@@ -170,6 +179,34 @@ def _compiled_flex() -> tuple[Any, Any]:
     return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
 
 
+def build_masks(segments: Segments, windows: Iterable[int | None], softcap: float | None) -> None:
+    """What FlexAttention needs of a row, made before its layers run: in them it would break compiled graphs."""
+    for window in windows:
+        real = None if window is not None and window >= segments.span() else window
+        segments.built["blocks", window] = _block_mask(segments, real)
+    if softcap is not None:
+        _cap(segments, softcap)
+
+
+def _block_mask(segments: Segments, window: int | None) -> BlockMask:
+    mask: BlockMask | None = segments.built.get(("blocks", window))
+    if mask is None:
+        length, device = len(segments.position_L), segments.position_L.device
+        make = _compiled_flex()[1] if device.type == "cuda" else create_block_mask
+        mask = segments.built["blocks", window] = make(
+            _sees(segments, window), None, None, length, length, device=device
+        )
+    return mask
+
+
+def _cap(segments: Segments, softcap: float) -> torch.Tensor:
+    """As a tensor: a float would become a symbol of the compiled graph, which FlexAttention does not take."""
+    cap: torch.Tensor | None = segments.built.get("cap")
+    if cap is None:
+        cap = segments.built["cap"] = torch.tensor(softcap, device=segments.position_L.device)
+    return cap
+
+
 def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -180,20 +217,20 @@ def _flex(
     softcap: float | None,
 ) -> torch.Tensor:
     """FlexAttention (arXiv:2412.05496): blocks of the mask that nothing sees are skipped. Returns [1, H, L, D]."""
-    attention, make_mask = _compiled_flex() if query.is_cuda else (flex_attention, create_block_mask)
-    mask: BlockMask | None = segments.built.get(("blocks", window))
-    if mask is None:
-        length = len(segments.position_L)
-        mask = make_mask(_sees(segments, window), None, None, length, length, device=query.device)
-        segments.built[("blocks", window)] = mask
-    score = None if softcap is None else partial(_cap_score, softcap)
+    # within a compiled layer it is compiled with the layer
+    eager = torch.compiler.is_compiling() or not query.is_cuda
+    attention: Any = flex_attention if eager else _compiled_flex()[0]
+    score = None
+    if softcap is not None:
+        cap = _cap(segments, softcap)
+
+        def score(score: torch.Tensor, *_: Any) -> torch.Tensor:
+            return cap * torch.tanh(score / cap)
+
     grouped = query.shape[1] != key.shape[1]
+    mask = _block_mask(segments, window)
     out: torch.Tensor = attention(query, key, value, score_mod=score, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out
-
-
-def _cap_score(softcap: float, score: torch.Tensor, *_: Any) -> torch.Tensor:
-    return softcap * torch.tanh(score / softcap)
 
 
 # ---- CPU
@@ -211,6 +248,7 @@ class Part:
     mask: torch.Tensor | None  # additive [B, 1, T, S], for a sliding window
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # parts differ from batch to batch
 def _in_parts(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -227,7 +265,7 @@ def _in_parts(
     plan = segments.built.get(("parts", window, query.dtype))
     if plan is None:
         plan = segments.built["parts", window, query.dtype] = _plan_parts(segments, window, query.dtype)
-    out: torch.Tensor = _parts_attention(query, key, value, plan, scale)
+    out: torch.Tensor = _PartsAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -378,10 +416,6 @@ class _PartsAttention(torch.autograd.Function):
         kv_heads = key.shape[1]
         dk, dv = (t.unflatten(1, (kv_heads, groups)).sum(2) if groups > 1 else t for t in (dk_LHD, dv_LHD))
         return (*(t.transpose(0, 1)[None] for t in (dq_LHD, dk, dv)), None, None)
-
-
-# its parts differ from batch to batch: nothing to compile once
-_parts_attention: Callable[..., torch.Tensor] = torch.compiler.disable(_PartsAttention.apply)
 
 
 def _rows(heads: torch.Tensor, repeat: int = 1) -> torch.Tensor:

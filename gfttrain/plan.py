@@ -240,11 +240,19 @@ def lay_out(
 
 def _pieces(index: Index, selection: Selection, step: Step, batch: BatchConfig, cost: Cost) -> Iterator[Piece]:
     shared, limit = batch.layout == "shared_prefix", batch.micro_batch_tokens
-    for group in step.groups.tolist():
-        begin, end = index.offsets[group], index.offsets[group + 1]
-        responses = (begin + np.flatnonzero(selection.trained_R[begin:end])).tolist()
-        prompt = int(index.num_prompt_tokens[group])
-        lengths = index.num_tokens[responses].tolist()
+    begins = index.offsets[step.groups]
+    sizes = index.offsets[step.groups + 1] - begins
+    number_R = np.repeat(np.arange(len(sizes)), sizes)  # of its group in the step
+    response_R = np.arange(len(number_R)) + np.repeat(begins - (sizes.cumsum() - sizes), sizes)
+    trained_R = selection.trained_R[response_R]
+    counts = np.bincount(number_R[trained_R], minlength=len(sizes)).tolist()
+    of_step = response_R[trained_R]
+    every, every_length = of_step.tolist(), index.num_tokens[of_step].tolist()
+    first = 0
+    prompts = index.num_prompt_tokens[step.groups].tolist()
+    for group, prompt, count in zip(step.groups.tolist(), prompts, counts, strict=True):
+        responses, lengths = every[first : first + count], every_length[first : first + count]
+        first += count
         start, positions = 0, prompt
         for number, length in enumerate(lengths):
             if number > start and (not shared or positions + length - 1 > limit):
@@ -351,8 +359,8 @@ def layout_totals(
             largest = max(largest, width)
             count, computed, real, flops = count + 1, computed + width, real + sum(sizes), flops + _cost(pack)
             for piece in pack:
-                lengths = int(index.num_tokens[list(piece.responses)].sum())
-                tokens += lengths
-                prompt = int(index.num_prompt_tokens[piece.group])
-                unshared += lengths + len(piece.responses) * (prompt - 1)
+                prompt, responses = int(index.num_prompt_tokens[piece.group]), len(piece.responses)
+                inside = piece.num_tokens - prompt  # each response without its last token
+                tokens += inside + responses
+                unshared += inside + responses * prompt
     return LayoutTotals(count, computed, real, unshared, tokens, largest, flops, slowest)

@@ -15,8 +15,9 @@ from transformers import get_scheduler
 
 from gftdata.config import recipe_differences
 from gftdata.errors import UserError
+from gftdata.locations import Shard, open_data, read_index
 from gftdata.models import model_revision
-from gftdata.shards import Index, Manifest, check_writable, read_index, read_manifest, shard_paths, write_atomic
+from gftdata.shards import Index, Manifest, check_writable, write_atomic
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint
@@ -46,6 +47,7 @@ class Prepared:
 
     tokenizer: Tokenizer
     manifests: tuple[Manifest, ...]
+    shards: tuple[Shard, ...]  # of all data, in the order of the index's paths
     index: Index
     selection: Selection
     steps: tuple[Step, ...]
@@ -60,13 +62,13 @@ class Prepared:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Check everything that can be checked and plan the run. Writes nothing. Raises UserError."""
-    folders = [Path(folder) for folder in config.data]
-    manifests = [read_manifest(folder) for folder in folders]
+    found = [open_data(location) for location in config.data]
+    manifests, shards = [data.manifest for data in found], [shard for data in found for shard in data.shards]
     tokenizer = load_tokenizer(config.model)
-    notices = [note for pair in zip(folders, manifests, strict=True) for note in _check_model(config, tokenizer, *pair)]
+    notices = [note for data in found for note in _check_model(config, tokenizer, data.location, data.manifest)]
     outlined = outline(config.model)
     check_layout(outlined, config.batch.layout)
-    index = read_index([path for pair in zip(folders, manifests, strict=True) for path in shard_paths(*pair)])
+    index = read_index(shards)
     selection = select(index, config.objective, config.filter)
     skip_unjudged = config.unjudged_groups == "skip"
     check_selection(index, selection, config.objective, skip_unjudged=skip_unjudged)
@@ -81,7 +83,7 @@ def prepare(config: TrainConfig) -> Prepared:
         max_steps=config.max_steps,
         skip_unjudged=skip_unjudged,
     )
-    digest = schedule_hash(index, selection, steps, [record.sha256 for m in manifests for record in m.shards])
+    digest = schedule_hash(index, selection, steps, [shard.record.sha256 for shard in shards])
     check_loggers(config.loggers)
     if config.evaluation is not None:  # a wrong column or an unknown reward would show after hours
         eval_prompts(eval_settings(config, config.evaluation), tokenizer)
@@ -98,6 +100,7 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(
         tokenizer=tokenizer,
         manifests=tuple(manifests),
+        shards=tuple(shards),
         index=index,
         selection=selection,
         steps=steps,
@@ -137,20 +140,20 @@ def write_run_file(config: TrainConfig, out: Path) -> None:
     write_atomic(out / RUN, json.dumps(run, indent=2) + "\n")
 
 
-def _check_model(config: TrainConfig, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> list[str]:
+def _check_model(config: TrainConfig, tokenizer: Tokenizer, location: str, manifest: Manifest) -> list[str]:
     reference = next((record for record in manifest.models if record.role == "reference"), None)
     if reference is None:
-        raise UserError(f"{folder}: its manifest names no reference model")
+        raise UserError(f"{location}: its manifest names no reference model")
     if tokenizer.hash != manifest.tokenizer.hash:
         raise UserError(
-            f"{folder}: its token ids come from the tokenizer of {reference.name}, and {config.model} has another; "
+            f"{location}: its token ids come from the tokenizer of {reference.name}, and {config.model} has another; "
             "train the model that the data was generated for, or generate it again with this one"
         )
     notices = []
     if tokenizer.template_hash != manifest.tokenizer.template_hash:
-        notices.append(f"{folder}: was generated with another chat template than that of {config.model}")
+        notices.append(f"{location}: was generated with another chat template than that of {config.model}")
     if model_revision(config.model) != reference.revision:
-        notices.append(f"{folder}: its reference is {reference.name}, {config.model} has other weights")
+        notices.append(f"{location}: its reference is {reference.name}, {config.model} has other weights")
     return notices
 
 

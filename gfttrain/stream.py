@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import torch
 
 from gftdata.errors import UserError, first_line
-from gftdata.shards import Index, ShardRecord, sha256_file
+from gftdata.shards import Index
 from gftdata.tokens import next_token_inputs
 from gftdata.types import LogProbs, TokenIds
-from gfttrain.attention import Segments, make_segments
+from gfttrain.attention import Segments, make_segments, moved
 from gfttrain.plan import Layout, Pack, Selection
 
 LONG_COLUMNS = ["prompt_ids", "response_ids", "ref_logprobs"]
@@ -48,7 +48,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+            return moved(tensor, device)
 
         mask, segments = self.attention_mask_BL, self.segments
         return Batch(
@@ -180,7 +180,7 @@ class RowGroup:
 class ShardReader:
     """Gives the examples of planned pieces; holds the row groups of the last two shuffle windows.
 
-    `locate` turns a shard's number into a local file that is what the manifest says (`checked_shards`).
+    `locate` turns a shard's number into a local file that is what the manifest says (`gftdata.locations`).
     """
 
     def __init__(
@@ -221,29 +221,6 @@ class ShardReader:
         if len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return self._held[key]
-
-
-def checked_shards(paths: Sequence[Path], records: Sequence[ShardRecord]) -> Callable[[int], Path]:
-    """Shard number -> its file, whose sha256 is compared with the manifest's when it is first asked for."""
-    checked: set[int] = set()
-
-    def locate(number: int) -> Path:
-        path, record = paths[number], records[number]
-        if number not in checked:
-            try:
-                found = sha256_file(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-            if found != record.sha256:
-                raise UserError(
-                    f"{path}: damaged or changed: sha256 {found[:12]}..., the manifest says {record.sha256[:12]}...; "
-                    f"copy it again from where the data set came from (from the Hub: hf download --repo-type dataset "
-                    f"--force-download REPO data/{record.name} --local-dir {path.parent.parent})"
-                )
-            checked.add(number)
-        return path
-
-    return locate
 
 
 def read_row_group(path: Path, number: int) -> RowGroup:

@@ -45,6 +45,7 @@ from gfttrain.runs import FINAL, METRICS
 from gfttrain.stream import Batch, Example, ShardReader, collate, read_ahead
 
 PROBE_TOKENS = 2048  # response tokens, about, of the look at the stored log-probs before the first step
+FILLER_TOKENS = 64
 CHECKED_RESPONSES = 4  # of each of two groups, in the self-check of the packed layout
 
 
@@ -243,9 +244,10 @@ def _works(config: TrainConfig, prepared: Prepared, world: World, reader: ShardR
 def _collate(config: TrainConfig, reader: ShardReader, pack: Pack) -> Batch:
     if pack:
         return collate(reader.examples(pack), config.batch.layout)
-    # the other ranks have one micro-batch more, and FSDP wants company: one token that counts for nothing
-    token, number = np.zeros(1, np.int32), np.zeros(1, np.float32)
-    nobody = Example(token, (token,), (number,), np.zeros(1), np.zeros(1, np.int32), (0,))
+    # the other ranks have one micro-batch more, and FSDP wants company: a token that counts for nothing, after a prompt
+    # of no unusual length, for which a compiled model would be compiled once more
+    prompt, token = np.zeros(FILLER_TOKENS, np.int32), np.zeros(1, np.int32)
+    nobody = Example(prompt, (token,), (np.zeros(1, np.float32),), np.zeros(1), np.zeros(1, np.int32), (0,))
     return replace(collate([nobody], config.batch.layout), responses_R=np.empty(0, np.int64))
 
 
@@ -344,7 +346,8 @@ def _evaluate(
                 model.to(world.device)
             sizes = {"batch_size": settings.engine.batch_size, "batch_tokens": settings.engine.batch_tokens}
             model.eval()
-            with autocast(config, world.device):
+            # cached decoding has shapes of its own, which compiled layers need not learn
+            with autocast(config, world.device), torch.compiler.set_stance("force_eager"):
                 engine = HfEngine(model, tokenizer, **sizes)
                 result = evaluate_engine(evaluation, engine, *eval_prompts(evaluation, tokenizer))
             found = {

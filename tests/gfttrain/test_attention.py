@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_helpers import distance
 
-from gfttrain.attention import Segments, _flex, _in_parts, _masked, _plan_parts, make_segments, visible
+from gfttrain.attention import (
+    Segments,
+    _flex,
+    _in_parts,
+    _masked,
+    _plan_parts,
+    build_masks,
+    make_segments,
+    visible,
+)
 
 SHAPES = [
     ([7, 7, 3, 12, 1], [[3, 4, 0, 9], [2, 30], [1], [5, 5, 5], [0, 2]]),
@@ -118,10 +127,22 @@ def test_flex_attention_equals_the_mask(
 ) -> None:
     # FlexAttention has no backward pass on a CPU: what is ours, the mask and the cap, shows in the forward pass
     segments = make_segments(prompts, responses)
-    tensors = inputs(segments, torch.float64)
-    found = _flex(*tensors, segments, window, 0.3, softcap)
-    expected = _masked(*tensors, segments, window, 0.3, softcap)
+    query, key, value = (t.detach() for t in inputs(segments, torch.float64))
+    found = _flex(query, key, value, segments, window, 0.3, softcap)
+    expected = _masked(query, key, value, segments, window, 0.3, softcap)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_masks_made_before_the_layers_are_those_that_the_layers_ask_for() -> None:
+    segments = make_segments(*SHAPES[0])
+    build_masks(segments, {None, 5, 10**6}, 1.5)
+    made = dict(segments.built)
+    assert made["blocks", 10**6] is made["blocks", None] and made["blocks", 5] is not made["blocks", None]
+    for window in (None, 5, 10**6):
+        query, key, value = (t.detach() for t in inputs(segments, torch.float32))
+        _flex(query, key, value, segments, window, 0.3, 1.5)
+    assert segments.built.keys() == made.keys()
 
 
 @pytest.mark.parametrize("compute", [_in_parts, lambda *a: _masked(*a, None)])

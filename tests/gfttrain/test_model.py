@@ -172,7 +172,7 @@ def test_the_self_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
         "gfttrain.attention._in_parts",
         lambda q, k, v, *_: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     )
-    with pytest.raises(UserError, match=r"differ from those of each alone by .* nats; set batch.layout=padded"):
+    with pytest.raises(UserError, match=r"differ from those of each alone by .* nats a token; set batch.layout=padded"):
         self_check(policy, examples, "shared_prefix", autocast_off, torch.float32)
 
 

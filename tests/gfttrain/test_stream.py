@@ -21,7 +21,7 @@ from gftdata.tokens import load_tokenizer
 from gfttrain.attention import visible
 from gfttrain.config import BatchConfig, ObjectiveConfig
 from gfttrain.plan import Cost, Layout, Piece, Selection, lay_out, make_schedule, select
-from gfttrain.stream import Batch, Example, ShardReader, checked_shards, collate, read_ahead, read_row_group, singles
+from gfttrain.stream import Batch, Example, ShardReader, collate, read_ahead, read_row_group, singles
 
 ONE = ObjectiveConfig(advantage="one")
 COST = Cost(1.0, 1.0, 1.0)
@@ -115,33 +115,6 @@ def test_a_shard_that_is_cut_short_is_a_user_error(index: Index, data: Path, tmp
     os.truncate(own.paths[1], own.paths[1].stat().st_size // 2)
     with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: row group 0 cannot be read"):
         read_row_group(own.paths[1], 0)
-
-
-def test_a_damaged_shard_is_named_when_it_is_first_touched(index: Index, data: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "data"
-    shutil.copytree(data, copy)
-    manifest = read_manifest(copy)
-    locate = checked_shards(shard_paths(copy, manifest), manifest.shards)
-    damaged = shard_paths(copy, manifest)[1]
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    assert locate(0) == shard_paths(copy, manifest)[0]
-    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: damaged or changed: sha256 .*hf download"):
-        locate(1)
-    damaged.unlink()
-    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: cannot be read"):
-        locate(1)
-
-
-def test_a_shard_is_hashed_once(index: Index, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = read_manifest(data)
-    locate = checked_shards(shard_paths(data, manifest), manifest.shards)
-    locate(0)
-    monkeypatch.setattr("gfttrain.stream.sha256_file", lambda path: "another")
-    locate(0)
-    with pytest.raises(UserError, match="damaged"):
-        locate(1)
 
 
 LAYOUTS: tuple[Layout, ...] = ("shared_prefix", "packed", "padded")

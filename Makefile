@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest --ignore tests/sglang
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang

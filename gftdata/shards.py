@@ -11,11 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -278,19 +279,26 @@ def read_manifest(folder: Path) -> Manifest:
                 else "no manifest.json"
             )
         )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """The manifest that these bytes are; `where` is for errors. Raises UserError."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content)
         if data.get("format") != FORMAT or data.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
-                f"{path}: expected format {FORMAT} version {SCHEMA_VERSION}, "
+                f"{where}: expected format {FORMAT} version {SCHEMA_VERSION}, "
                 f"found {data.get('format')} version {data.get('schema_version')}"
             )
         manifest = Manifest.model_validate(data)
     except (ValueError, AttributeError, ValidationError) as error:
-        raise UserError(f"{path}: not a manifest: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: not a manifest: {str(error).splitlines()[0]}") from None
     for record in manifest.shards:
         if Path(record.name).name != record.name or not record.name.endswith(".parquet"):
-            raise UserError(f"{path}: names a shard outside its data folder: {record.name!r}")
+            raise UserError(f"{where}: names a shard outside its data folder: {record.name!r}")
+        if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+            raise UserError(f"{where}: not a sha256, of {record.name}: {record.sha256[:80]!r}")
     return manifest
 
 
@@ -366,22 +374,45 @@ class Index:
 INDEX_COLUMNS = ["rewards", "sources", "num_tokens", "num_prompt_tokens"]
 
 
+@dataclass(frozen=True, slots=True)
+class ShortColumns:
+    """INDEX_COLUMNS of one shard."""
+
+    table: pa.Table
+    rows: tuple[int, ...]  # of each row group
+
+
+def read_short_columns(source: Path | BinaryIO, where: str) -> ShortColumns:
+    """Read INDEX_COLUMNS of a file, or of an open one by its ranges; `where` is for errors.
+
+    Raises UserError, and what reading an open one raises.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise UserError(f"{where}: this shard is missing; `gft validate` lists all that is wrong")
+    try:
+        with pq.ParquetFile(source, pre_buffer=not isinstance(source, Path)) as file:
+            check_schema(file.schema_arrow, where)
+            rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            return ShortColumns(file.read(columns=INDEX_COLUMNS).combine_chunks(), rows)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(source, Path):
+            raise  # whoever opened it knows what that means
+        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def read_index(paths: Sequence[Path]) -> Index:
     """Read the short columns of every shard."""
+    return make_index(paths, (read_short_columns(path, str(path)) for path in paths))
+
+
+def make_index(paths: Sequence[Path], columns: Iterable[ShortColumns]) -> Index:
+    """The index of shards, from the short columns of each."""
     names: dict[str, int] = {}
     parts: dict[str, list[npt.NDArray[Any]]] = {
         key: [] for key in ("path", "row_group", "row", "sizes", "prompt", "tokens", "rewards", "codes")
     }
-    for number, path in enumerate(paths):
-        if not path.is_file():
-            raise UserError(f"{path}: this shard is missing; `gft validate` lists all that is wrong")
-        try:
-            with pq.ParquetFile(path) as file:
-                check_schema(file.schema_arrow, str(path))
-                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                table = file.read(columns=INDEX_COLUMNS).combine_chunks()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    for number, shard in enumerate(columns):
+        table, sizes = shard.table, shard.rows
         parts["path"].append(np.full(table.num_rows, number, np.int32))
         parts["row_group"].append(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
         parts["row"].append(np.concatenate([np.arange(s, dtype=np.int32) for s in sizes] or [np.empty(0, np.int32)]))

@@ -127,6 +127,20 @@ def test_advantages_are_those_of_the_used_responses(index: Index) -> None:
         assert selection.used_R[here].tolist() == [u and r is not None for u, r in zip(used, rewards, strict=True)]
 
 
+@pytest.mark.parametrize("objective", [GFT, ObjectiveConfig(kl_coef=0.1, advantage_floor=-1.0)])
+def test_a_selection_does_not_depend_on_how_groups_are_taken_together(
+    index: Index, objective: ObjectiveConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = FilterConfig(min_pass=0.2, max_response_tokens=30)
+    whole = select(index, objective, kept)
+    for size in (1, 7, 100):
+        monkeypatch.setattr("gfttrain.plan.BLOCK_GROUPS", size)
+        parts = select(index, objective, kept)
+        for field in dataclasses.fields(Selection):
+            np.testing.assert_array_equal(getattr(parts, field.name), getattr(whole, field.name), strict=True)
+    assert len(select(make_index([]), objective).used_R) == 0
+
+
 def test_groups_without_signal_are_not_trained_but_counted() -> None:
     index = make_index([[("self", 1.0, 3), ("self", 1.0, 4)], [("self", 1.0, 5), ("self", 0.0, 6), ("self", None, 7)]])
     selection = select(index, GFT)

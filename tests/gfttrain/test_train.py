@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gftdata.errors import UserError
 from gftdata.shards import read_index, read_manifest, shard_paths
+from gfttrain import train as training
 from gfttrain.compare import METHODS, folder_name
 from gfttrain.config import BatchConfig, ObjectiveConfig
 from gfttrain.plan import make_schedule, select
 from gfttrain.prepare import prepare
+from gfttrain.runs import finished_model
 from gfttrain.train import Event, train
 
 SOURCES = ("expert", "teacher:hint", "self")
@@ -294,6 +296,112 @@ def test_a_diverging_run_says_which_step(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step [2-6]: loss .*Lower optim.lr"):
         train(train_settings(data, out, optim={"lr": 1e30, "weight_decay": 0.0}))
     assert not (out / "final").exists()
+
+
+def test_losses_that_are_not_numbers_save_the_state_before_and_name_the_groups(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    poisoned = prepare(train_settings(data, out)).steps[2].groups[3]
+    index = prepare(train_settings(data, out)).index
+    victim = int(index.offsets[poisoned])
+    whole = training.token_losses
+
+    def losses(objective: Any, logprobs: torch.Tensor, advantages: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        found = whole(objective, logprobs, advantages, *rest)
+        return torch.where(advantages == 99.0, torch.nan, found)
+
+    selected = select
+
+    def select_and_mark(*arguments: Any) -> Any:
+        selection = selected(*arguments)
+        selection.advantages_R[victim], selection.trained_R[victim], selection.used_R[victim] = 99.0, True, True
+        return selection
+
+    monkeypatch.setattr(training, "token_losses", losses)
+    monkeypatch.setattr("gfttrain.prepare.select", select_and_mark)
+    with pytest.raises(UserError, match=r"step 3: loss nan.*the state before this step is saved") as caught:
+        train(train_settings(data, out, checkpoint={"every_steps": 99}))
+    assert "Not finite in 1 groups" in str(caught.value) and index.place_of(int(poisoned)) in str(caught.value)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_out_of_memory_says_what_to_lower(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(training, "token_losses", full)
+    with pytest.raises(UserError, match=r"micro-batches of 1024 tokens.*batch.micro_batch_tokens=512.*checkpointing"):
+        train(train_settings(data, tmp_path / "run"))
+
+
+def test_a_model_far_from_the_stored_log_probs_does_not_start(data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "moved"
+    shutil.copytree(MODEL, model)
+    moved = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        moved.model.norm.weight *= 3.0
+    moved.save_pretrained(model)
+    config = train_settings(data, tmp_path / "run", model=str(model), max_steps=1)
+    with pytest.raises(UserError, match=r"stored reference log-probs are not those of .*max_reference_gap=0.15"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    train(config.model_copy(update={"max_reference_gap": 99.0}))
+
+
+def test_a_weak_model_is_warned_about(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [n for n in prepare(train_settings(data, tmp_path / "run")).notices if "can diverge" in n]
+    monkeypatch.setattr("gfttrain.prepare.WEAK_PASS_RATE", 0.999)
+    (notice,) = [n for n in prepare(train_settings(data, tmp_path / "run")).notices if "can diverge" in n]
+    assert "pass at a rate of 0." in notice
+
+
+def test_the_kl_estimate_is_reported_where_self_samples_follow_the_reference(run: tuple[Path, list[Event]]) -> None:
+    for line in lines(run[0]):
+        assert line["kl_ref_to_model"] == -line["log_ratio/self"]
+        assert 0 <= line["stale_fraction"] <= 1 and 0 <= line["data_wait_fraction"] <= 1
+        assert sum(line["weights_before"]) == sum(line["weights_after"]) == line["computed_tokens"]
+        assert line["weights_after"][1:] == [0] * 15  # C / pi is at most 1 / tau = 1.43: all in [1, 2)
+        assert sum(line["weights_before"][1:]) > 0
+        assert all(f"rectified_fraction/{source}" in line for source in SOURCES)
+
+
+def test_a_run_folder_is_its_trained_model_once_it_is_finished(run: tuple[Path, list[Event]], tmp_path: Path) -> None:
+    assert finished_model(str(run[0])) == str(run[0] / "final")
+    assert finished_model(str(MODEL)) == str(MODEL)
+    shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    with pytest.raises(UserError, match="this run of gft train is not finished"):
+        finished_model(str(tmp_path / "run"))
+
+
+def test_lora_exports_the_merged_model_and_the_adapter(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(train_settings(data, out, lora={"rank": 4}, max_steps=3))
+    merged, base = weights(out / "final"), weights(MODEL)
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert AutoModelForCausalLM.from_pretrained(out / "final").dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiled_layers_take_the_same_steps(
+    run: tuple[Path, list[Event]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # captured and differentiated as for inductor, whose own compilation takes minutes here
+    whole, compiled = torch.nn.Module.compile, []
+
+    def compile_(module: torch.nn.Module, **settings: Any) -> None:
+        compiled.append(module)
+        whole(module, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    train(train_settings(data, tmp_path / "run", max_steps=2, compile=True))
+    assert len(compiled) == 2
+    for found, expected in zip(lines(tmp_path / "run"), lines(run[0]), strict=False):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -83,8 +83,11 @@ def open_data(location: str) -> DataSet:
 
 def read_index(shards: Sequence[Shard]) -> Index:
     """Read the short columns of every shard. Raises UserError."""
+    paths = [shard.path for shard in shards]
+    if not any(is_remote(shard.where) for shard in shards):
+        return make_index(paths, map(_short_columns, shards))
     with ThreadPoolExecutor(CONNECTIONS) as threads:
-        return make_index([shard.path for shard in shards], threads.map(_short_columns, shards))
+        return make_index(paths, threads.map(_short_columns, shards))
 
 
 def _short_columns(shard: Shard) -> ShortColumns:

@@ -425,7 +425,8 @@ def make_index(paths: Sequence[Path], columns: Iterable[ShortColumns]) -> Index:
         parts["rewards"].append(_flat(table, "rewards").fill_null(float("nan")).to_numpy())
 
     def join(key: str, dtype: Any) -> npt.NDArray[Any]:
-        return np.concatenate(parts[key]).astype(dtype) if parts[key] else np.empty(0, dtype)
+        arrays = parts.pop(key)  # and let go: of millions of groups they are not held twice
+        return np.concatenate(arrays, dtype=dtype, casting="same_kind") if arrays else np.empty(0, dtype)
 
     return Index(
         paths=tuple(paths),

@@ -6,7 +6,7 @@ step into micro-batches and deals them to the ranks; it does not change the upda
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from gfttrain.config import BatchConfig, FilterConfig, ObjectiveConfig
 
 Ints = npt.NDArray[np.int64]
 Layout = Literal["shared_prefix", "packed", "padded"]
+BLOCK_GROUPS = 2**15  # that `select` looks at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,31 @@ def select(index: Index, objective: ObjectiveConfig, kept: FilterConfig | None =
     Groups with A = 0 everywhere have no gradient: they count in N and are not computed, unless a KL penalty gives them
     one.
     """
-    kept = kept or FilterConfig()
+    # in blocks of groups, so that what is in between takes no more memory for a large data set than for a small one
+    firsts = range(0, max(1, index.num_groups), BLOCK_GROUPS)
+    parts = [_select(_block(index, first, first + BLOCK_GROUPS), objective, kept or FilterConfig()) for first in firsts]
+    names = [field.name for field in fields(Selection)]
+    return Selection(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _block(index: Index, first: int, last: int) -> Index:
+    """The groups from `first` up to `last`, by themselves."""
+    offsets = index.offsets[first : last + 1]
+    groups, responses = slice(first, last), slice(int(offsets[0]), int(offsets[-1]))
+    return replace(
+        index,
+        path_of_group=index.path_of_group[groups],
+        row_group_of_group=index.row_group_of_group[groups],
+        row_of_group=index.row_of_group[groups],
+        offsets=offsets - offsets[0],
+        num_prompt_tokens=index.num_prompt_tokens[groups],
+        num_tokens=index.num_tokens[responses],
+        rewards=index.rewards[responses],
+        source_codes=index.source_codes[responses],
+    )
+
+
+def _select(index: Index, objective: ObjectiveConfig, kept: FilterConfig) -> Selection:
     group_R = np.repeat(np.arange(index.num_groups), np.diff(index.offsets))
     judged_R = np.isfinite(index.rewards)
     kept_G = _kept_groups(index, kept, group_R, judged_R)

@@ -26,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gftdata.errors import UserError
+
 NAME = "gft_shared_prefix"
 CALL_OVERHEAD = 128 * 128  # score elements that are computed in the time a call of the kernel costs
 SMALLEST_FLEX_HEAD = 16
@@ -104,7 +106,9 @@ def attend(
         )
         return out, None
     if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks")  # `model.py` refuses such models before
+        raise UserError(
+            f"{type(module).__name__} takes attention sinks, which packed rows do not have; set batch.layout=padded"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):  # positions are applied in float32, so queries come wider
         dtype = torch.get_autocast_dtype(query.device.type)

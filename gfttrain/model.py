@@ -253,20 +253,17 @@ def self_check(
     """The mean difference between log-probs of packed responses and those that the model itself gives each alone.
 
     Raises UserError where it is more than rounding. Not every family separates responses by what `segments` says:
-    models with attention sinks, or positions taken from the mask, run over the border; and a head that does something
+    models that take positions or a bias from the mask run over the border; and a head that does something
     to its logits that `head_of` does not know shows here as well. Every rank must call it.
     """
     device = next(policy.parameters()).device
-    try:
-        with context():
-            *_, packed_N, _ = policy(collate(examples, layout).to(device), no_losses)
-            alone = [
-                policy(collate([one], "padded").to(device), no_losses, own_logits=True)[2]
-                for example in examples
-                for one in singles(example)
-            ]
-    except NotImplementedError as error:
-        raise UserError(f"{type(policy.model).__name__} has {error}; set batch.layout=padded") from None
+    with context():
+        *_, packed_N, _ = policy(collate(examples, layout).to(device), no_losses)
+        alone = [
+            policy(collate([one], "padded").to(device), no_losses, own_logits=True)[2]
+            for example in examples
+            for one in singles(example)
+        ]
     alone_N = torch.cat(alone)
     if not alone_N.isfinite().all():
         raise UserError("the starting model gives log-probs that are not finite: its weights are damaged")

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_helpers import distance
 
+from gftdata.errors import UserError
 from gfttrain.attention import (
     Segments,
     _flex,
     _in_parts,
     _masked,
     _plan_parts,
+    attend,
     build_masks,
     make_segments,
     visible,
@@ -143,6 +145,13 @@ def test_masks_made_before_the_layers_are_those_that_the_layers_ask_for() -> Non
         query, key, value = (t.detach() for t in inputs(segments, torch.float32))
         _flex(query, key, value, segments, window, 0.3, 1.5)
     assert segments.built.keys() == made.keys()
+
+
+def test_attention_sinks_are_refused_by_name() -> None:
+    segments = make_segments([3], [[2]])
+    query, key, value = inputs(segments, torch.float32)
+    with pytest.raises(UserError, match=r"Linear takes attention sinks.*batch\.layout=padded"):
+        attend(torch.nn.Linear(1, 1), query, key, value, None, segments=segments, s_aux=torch.zeros(6))
 
 
 @pytest.mark.parametrize("compute", [_in_parts, lambda *a: _masked(*a, None)])

@@ -352,17 +352,30 @@ def main() -> None:
     """Entry point. A mistake that the user can mend ends in one line and exit code 2."""
     # read when torch is loaded: threads that wait by spinning make a shared machine many times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = _run()
+    if "gfttrain.distributed" in sys.modules:
+        from gfttrain.distributed import end_rank
+
+        end_rank(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The command's exit code."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except OtherRankError:
-        sys.exit(2)
+        return 2
     except UserError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; given again, the command continues where that saves anything", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from gfttrain.distributed import (
     alone,
     any_over,
     barrier,
+    end_rank,
     first_does,
     gather_json,
     join,
@@ -246,6 +247,23 @@ def test_ranks_end_with_their_launcher() -> None:
         began = time.monotonic()
         assert launcher.stdout.read() == ""  # ends when the last rank has
         assert time.monotonic() - began < 20
+
+
+ENDING = "import atexit; from gfttrain.distributed import end_rank; atexit.register(print, 'late'); print('done')"
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize(("ranks", "printed", "code"), [("2", "done\n", 75), ("1", "done\nlate\n", 0)])
+def test_a_rank_of_several_ends_without_taking_the_interpreter_down(
+    variable: str, ranks: str, printed: str, code: int
+) -> None:
+    environment = {**os.environ, variable: ranks}
+    ended = subprocess.run(python(f"{ENDING}; end_rank(75)"), env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, printed, "")
+
+
+def test_alone_nothing_ends() -> None:
+    end_rank(75)
 
 
 def test_stop_on_signals() -> None:

@@ -84,7 +84,7 @@ class PromptsConfig(BaseModel):
 
     model_config = STRICT
 
-    path: str | None = None  # a .jsonl or .parquet file
+    path: str | None = None  # a .jsonl or .parquet file, or s3://bucket/file
     dataset: str | None = None  # or: a data set on the Hub (or a folder that `datasets` loads)
     subset: str | None = None  # its configuration name
     split: str = "train"
@@ -344,7 +344,7 @@ class GenerateConfig(BaseModel):
     model_config = STRICT
 
     model: str  # the starting model: draws the self samples and gives the reference log-probs
-    out: str  # folder of the data set
+    out: str  # folder of the data set, or s3://bucket/path
     prompts: PromptsConfig
     duplicates: DuplicatesConfig = DuplicatesConfig()
     decontaminate: tuple[EvalSetConfig, ...] = ()  # prompts that share 8 words in a row with these are left out

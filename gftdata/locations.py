@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError, first_line, quoted
 from gftdata.shards import (
     DATA,
     MANIFEST,
@@ -161,7 +161,7 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
             said = "the Hub has no such file: not a finished data set of gft generate"
         else:
             said = (
-                f"the Hub has not given it: {_said(error)}; check the network, then give the same command again (for "
+                f"the Hub has not given it: {quoted(error)}; check the network, then give the same command again (for "
                 f"a machine without one, first where there is one: hf download --repo-type dataset {repo}"
                 f"{f' --revision {revision}' if revision else ''})"
             )
@@ -215,10 +215,10 @@ def _open_s3(location: str, path: str) -> DataSet:
         if isinstance(error, FileNotFoundError):
             said = "no such object: check bucket and path; a data set is finished when its manifest.json is there"
         elif isinstance(error, PermissionError):
-            said = f"refused: {_said(error)}; check the credentials in the environment (AWS_ACCESS_KEY_ID, ...)"
+            said = f"refused: {quoted(error)}; check the credentials in the environment (AWS_ACCESS_KEY_ID, ...)"
         else:
             said = (
-                f"the object store has not given it: {_said(error)}; check the network, AWS_ENDPOINT_URL and the "
+                f"the object store has not given it: {quoted(error)}; check the network, AWS_ENDPOINT_URL and the "
                 "credentials in the environment (AWS_ACCESS_KEY_ID, ...), then give the same command again"
             )
         raise UserError(f"{where}: {said}") from None
@@ -323,8 +323,3 @@ def _lock(path: Path) -> Iterator[None]:
 def _fsync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _said(error: Exception) -> str:
-    """A library's error in one line, without what a URL in it may hold: a password, a signature."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"(?<=//)[^/@\s]+@", "", first_line(error))).rstrip(".")

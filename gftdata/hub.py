@@ -45,11 +45,13 @@ def repo_name(repo: str) -> str:
 
 
 def open_api() -> "HfApi":
-    """The Hub's client, its own progress bars out of the way of ours."""
+    """The Hub's client. Its bars are out of the way of ours, its warnings, with the URLs they quote, are not shown."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils.logging import set_verbosity_error
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
+    set_verbosity_error()
     return HfApi()
 
 

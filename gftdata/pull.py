@@ -62,7 +62,7 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, on_event: List
         api = open_api()
         commit = api.dataset_info(repo, revision=revision).sha
         assert commit is not None
-        small = _smallall_files(api, repo, commit)
+        small = _small_files(api, repo, commit)
         if MANIFEST not in small:
             raise UserError(f"{repo}: has no {MANIFEST}: not a finished data set of gft generate")
         manifest = parse_manifest(small[MANIFEST], f"{repo}/{MANIFEST}")
@@ -81,10 +81,11 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, on_event: List
             folder, manifest=manifest, progress=lambda name: on_event(Event("verify", name, count=len(manifest.shards)))
         )
         if problems:
-            raise UserError(f"{repo}: damaged on the Hub: {'; '.join(problems[:SHOWN])}")
-        for name, content in small.items():  # the manifest last
-            (staged / name).write_bytes(content)
-            (staged / name).replace(folder / name)
+            raise UserError(f"{folder}: as it came from {repo}, not a whole data set: {'; '.join(problems[:SHOWN])}")
+        if not (folder / MANIFEST).is_file():
+            for name, content in small.items():  # the manifest last
+                (staged / name).write_bytes(content)
+                (staged / name).replace(folder / name)
         fsync_folder(folder)
     return Pulled(manifest, commit, num_bytes, len(missing))
 
@@ -106,7 +107,7 @@ def _check_folder(folder: Path, repo: str) -> None:
         raise UserError(f"{folder}: not empty, and holds no data set of this name; name another folder")
 
 
-def _smallall_files(api: "HfApi", repo: str, commit: str) -> dict[str, bytes]:
+def _small_files(api: "HfApi", repo: str, commit: str) -> dict[str, bytes]:
     """Name -> content of the files beside the shards, those that are there; the manifest last."""
     found: dict[str, bytes] = {}
     listed = listed_files(api, repo, commit, [CARD, REFUSED, MANIFEST])

@@ -195,7 +195,8 @@ def push(plan: Plan, *, private: bool = False, on_event: Listener = lambda event
             additions += operations
             for file in chunk:
                 on_event(Event("file", file.name, file.bytes))
-        commits = _commits(additions, [CommitOperationDelete(name) for name in deleted], MANIFEST in there)
+        replaces_manifest = MANIFEST in there and any(file.name == MANIFEST for file in changed)
+        commits = _commits(additions, [CommitOperationDelete(name) for name in deleted], replaces_manifest)
         for number, changes in enumerate(commits, start=1):
             part = f" ({number} of {len(commits)})" if len(commits) > 1 else ""
             head = api.create_commit(
@@ -277,7 +278,7 @@ def _chunks(files: Sequence[Upload]) -> Iterator[list[Upload]]:
 
 
 def _commits(
-    additions: "list[CommitOperationAdd]", deletions: "list[CommitOperationDelete]", has_manifest: bool
+    additions: "list[CommitOperationAdd]", deletions: "list[CommitOperationDelete]", replaces_manifest: bool
 ) -> "list[list[CommitOperationAdd | CommitOperationDelete]]":
     """One commit where it can be; else the card first, which says whose it is, and the manifest last."""
     from huggingface_hub import CommitOperationDelete
@@ -287,6 +288,6 @@ def _commits(
         return [changes]
     order = {CARD: 0, MANIFEST: 2}
     changes.sort(key=lambda change: order.get(change.path_in_repo, 1))
-    if has_manifest:
+    if replaces_manifest:
         changes.insert(0, CommitOperationDelete(MANIFEST))
     return [changes[start : start + MAX_CHANGES] for start in range(0, len(changes), MAX_CHANGES)]

@@ -120,10 +120,10 @@ def _size_category(rows: int) -> str:
 def _what_it_is(manifest: Manifest) -> Iterator[str]:
     summary = manifest.summary
     yield (
-        f"Response groups for Group Fine-Tuning ({PAPER}), made with gft-toolkit {manifest.toolkit_version}. One row "
-        "is one prompt with its whole group of responses: their texts and tokens, the reward of each, and the log-prob "
-        "of each token under the model that training starts from. To train on it, neither an engine nor a reference "
-        "model is needed."
+        f"Response groups for Group Fine-Tuning ({PAPER}), made with gft-toolkit {_cell(manifest.toolkit_version)}. "
+        "One row is one prompt with its whole group of responses: their texts and tokens, the reward of each, and the "
+        "log-prob of each token under the model that training starts from. To train on it, neither an engine nor a "
+        "reference model is needed."
     )
     prompts = manifest.recipe.get("prompts")
     yield _table(
@@ -219,16 +219,22 @@ def _use(manifest: Manifest, repo: str) -> Iterator[str]:
         train["unjudged_groups"] = "skip"
     yield "To train on it, `train.yaml`:"
     yield _fenced(_yaml(train), "yaml")
-    yield _fenced(f"pip install gft-toolkit=={manifest.toolkit_version}\ngft train train.yaml", "sh")
+    yield _fenced(f"{_install(manifest)}\ngft train train.yaml", "sh")
     yield "To have it as files, every checksum compared, and to look at it:"
     yield _fenced(f"gft pull {repo} {repo.rpartition('/')[2]}\ngft validate {repo.rpartition('/')[2]}", "sh")
     yield _fenced(f'from datasets import load_dataset\n\nrows = load_dataset("{repo}", split="{SPLIT}")', "python")
 
 
+def _install(manifest: Manifest) -> str:
+    """As a command that people copy: of a manifest from elsewhere only what is a version gets into it."""
+    version = manifest.toolkit_version
+    return f"pip install gft-toolkit{f'=={version}' if re.fullmatch(r'[0-9][0-9A-Za-z.+]*', version) else ''}"
+
+
 def _how(manifest: Manifest) -> Iterator[str]:
     yield "To make it again, with this as `generate.yaml`:"
     yield _fenced(_yaml(_without_none(manifest.recipe)), "yaml")
-    yield _fenced(f"pip install gft-toolkit=={manifest.toolkit_version}\ngft generate generate.yaml --out data", "sh")
+    yield _fenced(f"{_install(manifest)}\ngft generate generate.yaml --out data", "sh")
     notes = ["Of files and folders only the last part of their names is there: put your own paths."]
     if {"server", "openai"} & set(_engines(manifest.recipe)):
         notes.append("Addresses of servers and keys are not in it: add `urls`, or `base_url` and `api_key_env`.")

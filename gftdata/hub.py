@@ -4,6 +4,7 @@ Credentials come from the environment (HF_TOKEN, or what `hf auth login` has sto
 data set of the Hub without a copy of one's own: locations.py.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,11 +48,11 @@ def repo_name(repo: str) -> str:
 def open_api() -> "HfApi":
     """The Hub's client. Its bars are out of the way of ours, its warnings, with the URLs they quote, are not shown."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils.logging import set_verbosity_error
+    from huggingface_hub.utils.logging import set_verbosity
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    set_verbosity_error()
+    set_verbosity(logging.ERROR)
     return HfApi()
 
 

@@ -84,7 +84,6 @@ def plan_push(
     license: str | None,
     languages: Sequence[str] = (),
     on_event: Listener = lambda event: None,
-    private: Private | None = None,
 ) -> Plan:
     """Check everything and write the card; nothing leaves. Licences of models are asked of the Hub, where it answers.
 
@@ -106,8 +105,7 @@ def plan_push(
             f"{folder}: only a whole data set is pushed, and {len(problems)} things are wrong with this one: "
             f"{'; '.join(problems[:SHOWN])}{more}"
         )
-    source = read_source(folder)
-    private = private_here(os.environ) if private is None else private
+    source, private = read_source(folder), private_here(os.environ)
     refuse_leaks(folder, manifest, private)
     card = write_card(
         manifest,

@@ -30,6 +30,7 @@ from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_opt
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 MAX_ROW_GROUP_BYTES = 100 * 2**20
+BOMB = 10  # times MAX_ROW_GROUP_BYTES: a row group that unpacks to more is not unpacked
 MAX_MANIFEST_BYTES = 64 * 2**20  # of 200,000 shards; what comes from elsewhere may be anything
 RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -361,6 +362,9 @@ def _verify_shard(path: Path, record: ShardRecord, seen: dict[str, str]) -> Iter
             if file.metadata.num_rows != record.rows:
                 yield f"{path}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
             for group in range(file.num_row_groups):
+                if (size := file.metadata.row_group(group).total_byte_size) > BOMB * MAX_ROW_GROUP_BYTES:
+                    yield f"{path}: row group {group} unpacks to {size:,} bytes, and was not read"
+                    continue
                 table = file.read_row_group(group)
                 yield from check_rows(table, f"{path}: row group {group}")
                 for prompt_id in table["prompt_id"].to_pylist():

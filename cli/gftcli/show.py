@@ -119,7 +119,8 @@ def pushed(console: Console, plan: "Plan", done: "Pushed") -> None:
         console,
         {
             "data set": done.url,
-            "uploaded": f"{done.files:,} files, {done.bytes / 1e6:,.1f} MB, in {done.commits} commits{old}",
+            "uploaded": f"{done.files:,} files, {done.bytes / 1e6:,.1f} MB{old}",
+            "commits": done.commits,
             "train on it": f"data: hf://datasets/{plan.repo}",
             "bring it": f"gft pull {plan.repo} DIR",
         },

@@ -1,5 +1,6 @@
 """push.py, pull.py and hub.py: the real client and the real command against a server that speaks the Hub's HTTP API."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -161,7 +162,7 @@ def test_there_and_back_is_the_identity_and_a_second_push_no_commit(
 ) -> None:
     first = push(gft, data)
     assert first.code == 0, first.err
-    assert f"{hub.endpoint}/datasets/{REPO}" in first.out and "in 1 commits" in first.out
+    assert f"{hub.endpoint}/datasets/{REPO}" in first.out and "commits      1\n" in first.out
     repo = hub.repos[REPO]
     shards = [f"data/{record.name}" for record in read_manifest(data).shards]
     assert pushed_names(repo) == ["README.md", *shards, "manifest.json"]
@@ -536,6 +537,15 @@ def test_what_the_hub_does_not_have(hub: FakeHub, gft: Gft, shared: Repo, tmp_pa
     assert "the Hub does not know HF_TOKEN" in gft("pull", REPO, tmp_path / "back", HF_TOKEN="hf_unknown").error
     assert "the Hub has not given it" in gft("pull", REPO, tmp_path / "back", HF_HUB_OFFLINE="1").error
     assert not (tmp_path / "back").exists()
+
+
+def test_of_two_pulls_into_one_folder_one_is_refused(gft: Gft, shared: Repo, tmp_path: Path) -> None:
+    staged = tmp_path / "back" / ".work" / "pull"
+    staged.mkdir(parents=True)
+    with (staged / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another gft pull is writing to it" in gft("pull", REPO, tmp_path / "back").error
+    assert gft("pull", REPO, tmp_path / "back").code == 0
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

@@ -113,7 +113,9 @@ def push(
     language: Annotated[
         list[str] | None, typer.Option("--language", metavar="CODE", help="Of its texts, e.g. en. Repeatable.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only for you; a repository that is there stays.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is only for its owner; one that is there stays.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Share a finished data set on the Hub, with a card. Given again, it uploads only what has changed.

@@ -29,7 +29,6 @@ from gftdata.judging import Submit, open_judges
 from gftdata.models import shareable, shown_name
 from gftdata.prepare import (
     PROMPTS,
-    QUARANTINE,
     Phase,
     Plan,
     ShardPrompt,
@@ -47,6 +46,7 @@ from gftdata.shards import (
     DATA,
     FORMAT,
     MANIFEST,
+    QUARANTINE,
     WORK,
     Manifest,
     ShardRecord,

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError, first_line, quoted
 from gftdata.shards import (
     DATA,
     MANIFEST,
@@ -37,7 +37,7 @@ from gftdata.shards import (
     sha256_file,
     shard_paths,
 )
-from gftdata.store import S3, fsync_folder, open_s3, s3_failed, said_by
+from gftdata.store import S3, fsync_folder, open_s3, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 CONNECTIONS = 16  # shards whose short columns are read at the same time: remote ones cost waiting, not work
@@ -160,7 +160,7 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
             said = "the Hub has no such file: not a finished data set of gft generate"
         else:
             said = (
-                f"the Hub has not given it: {said_by(error)}; check the network, then give the same command again (for "
+                f"the Hub has not given it: {quoted(error)}; check the network, then give the same command again (for "
                 f"a machine without one, first where there is one: hf download --repo-type dataset {repo}"
                 f"{f' --revision {revision}' if revision else ''})"
             )

@@ -150,6 +150,56 @@ def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder o
 
 
 @app.command()
+def push(
+    data: Data,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The data set's name on the Hub.")],
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence to share it under, e.g. apache-2.0, cc-by-4.0, other."),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Of its texts, e.g. en. Repeatable.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is only for its owner; one that is there stays.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Share a finished data set on the Hub, with a card. Given again, it uploads only what has changed.
+
+    HF_TOKEN, or `hf auth login`, says who you are.
+    """
+    from gftcli import progress, show
+    from gftdata import push as pushing
+
+    console = show.open_console()
+    with progress.transfer(console, "uploaded") as listener:
+        plan = pushing.plan_push(data, repo, license=license_, languages=language or (), on_event=listener)
+    if dry_run:
+        show.push_plan(console, plan)
+        return
+    with progress.transfer(console, "uploaded") as listener:
+        done = pushing.push(plan, private=private, on_event=listener)
+    show.pushed(console, plan, done)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The data set's name on the Hub.")],
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for it: new, or of an earlier pull of it.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; default: main.")] = None,
+) -> None:
+    """Bring a data set from the Hub and check every byte of it. Stopped, the same command continues."""
+    from gftcli import progress, show
+    from gftdata import pull as pulling
+
+    console = show.open_console()
+    with progress.transfer(console, "downloaded") as listener:
+        done = pulling.pull(repo, data, revision=revision, on_event=listener)
+    show.pulled(console, data, done)
+
+
+@app.command()
 def rejudge(
     data: Data,
     out: New,
@@ -418,7 +468,8 @@ def _run() -> int:
     except OtherRankError:
         return 2
     except UserError as error:
-        line = " ".join(str(error).split())
+        # what is quoted may come from elsewhere: nothing in it steers the terminal
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
         print(f"error: {line}", file=sys.stderr)
         return 2
     except Stopped as stopped:

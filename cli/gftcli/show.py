@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
+    from gftdata.pull import Pulled
+    from gftdata.push import Plan, Pushed
     from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gftdata.status import Status
     from gftdata.tasks import Task
@@ -148,6 +150,53 @@ def status(console: Console, out: str, found: "Status") -> None:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     if found.earlier:
         console.print(f"{found.earlier:,} earlier attempts of these tasks", highlight=False)
+
+
+def push_plan(console: Console, plan: "Plan") -> None:
+    """What `gft push` would upload, and the card."""
+    for file in plan.files:
+        console.print(f"{file.bytes:>14,}  {file.name}", soft_wrap=True, highlight=False, markup=False)
+    console.print("\nThe card, README.md:\n", highlight=False)
+    console.print(plan.card, soft_wrap=True, highlight=False, markup=False)
+    facts(
+        console,
+        {
+            "would be on the Hub": f"{len(plan.files):,} files, {plan.bytes / 1e6:,.1f} MB, as {plan.repo}",
+            "uploaded": "nothing",
+        },
+    )
+
+
+def pushed(console: Console, plan: "Plan", done: "Pushed") -> None:
+    """What `gft push` has done, and how to use it."""
+    if not done.commits:
+        console.print(f"{done.url}: nothing has changed: no commit", soft_wrap=True, highlight=False, markup=False)
+        return
+    old = f", {done.deleted:,} of an earlier version deleted" if done.deleted else ""
+    facts(
+        console,
+        {
+            "data set": done.url,
+            "uploaded": f"{done.files:,} files, {done.bytes / 1e6:,.1f} MB{old}",
+            "commits": done.commits,
+            "train on it": f"data: hf://datasets/{plan.repo}",
+            "bring it": f"gft pull {plan.repo} DIR",
+        },
+    )
+
+
+def pulled(console: Console, folder: Path, done: "Pulled") -> None:
+    """What `gft pull` has brought."""
+    shards = done.manifest.shards
+    there = f", {len(shards) - done.downloaded:,} were there" if done.downloaded < len(shards) else ""
+    facts(
+        console,
+        {
+            "data set": f"{folder}: whole: {done.manifest.summary.groups:,} groups in {len(shards):,} shards",
+            "downloaded": f"{done.downloaded:,} shards, {done.bytes / 1e6:,.1f} MB{there}",
+            "revision": done.commit,
+        },
+    )
 
 
 def pilot(console: Console, measured: "Pilot") -> None:

@@ -324,34 +324,39 @@ def verify(
         elif (found := sha256_file(path)) != record.sha256:
             problems.append(f"{path}: sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…")
         else:
-            problems += _verify_shard(path, record, seen)
+            problems += shard_problems(path, record, seen, str(path))
     listed = {record.name for record in manifest.shards}
     problems += [f"{p}: not in the manifest" for p in sorted((folder / DATA).glob("*")) if p.name not in listed]
+    return [*problems, *count_problems(manifest, str(folder))]
+
+
+def count_problems(manifest: Manifest, where: str) -> Iterator[str]:
+    """Whether the manifest's shards have as many rows as there are prompts."""
     rows = sum(record.rows for record in manifest.shards)
     expected = manifest.prompts.prompts - manifest.prompts_quarantined
     if rows != expected:
-        problems.append(f"{folder}: {rows} rows in the manifest's shards for {expected} prompts")
-    return problems
+        yield f"{where}: {rows} rows in the manifest's shards for {expected} prompts"
 
 
-def _verify_shard(path: Path, record: ShardRecord, seen: dict[str, str]) -> Iterator[str]:
+def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where: str) -> Iterator[str]:
+    """What is wrong with the content of a shard; `seen` (prompt id -> shard) is added to; `where` is for people."""
     try:
         with pq.ParquetFile(path) as file:
-            check_schema(file.schema_arrow, str(path))
+            check_schema(file.schema_arrow, where)
             if file.metadata.num_rows != record.rows:
-                yield f"{path}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
+                yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
             for group in range(file.num_row_groups):
                 if (size := file.metadata.row_group(group).total_byte_size) > BOMB * MAX_ROW_GROUP_BYTES:
-                    yield f"{path}: row group {group} unpacks to {size:,} bytes, and was not read"
+                    yield f"{where}: row group {group} unpacks to {size:,} bytes, and was not read"
                     continue
                 table = file.read_row_group(group)
-                yield from check_rows(table, f"{path}: row group {group}")
+                yield from check_rows(table, f"{where}: row group {group}")
                 for prompt_id in table["prompt_id"].to_pylist():
                     if prompt_id in seen:
-                        yield f"{path}: prompt {prompt_id} is also in {seen[prompt_id]}"
-                    seen[prompt_id] = path.name
+                        yield f"{where}: prompt {prompt_id} is also in {seen[prompt_id]}"
+                    seen[prompt_id] = record.name
     except (UserError, pa.ArrowException, OSError) as error:
-        yield f"{path}: {str(error).removeprefix(f'{path}: ')}"
+        yield f"{where}: {str(error).removeprefix(f'{where}: ')}"
 
 
 @dataclass(frozen=True, slots=True)

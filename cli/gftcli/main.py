@@ -132,14 +132,18 @@ def status(
 
 
 @app.command()
-def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of a finished data set.")]) -> None:
+def validate(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A finished data set: folder, hf://datasets/... or s3://...")
+    ],
+) -> None:
     """Check a data set: schema, checksums, completeness, content. Names every bad file; exit code 1 if there is one."""
     from gftcli import show
-    from gftdata.shards import read_manifest, verify
+    from gftdata.locations import open_data, verify_data
 
     console = show.open_console()
-    manifest = read_manifest(data)
-    problems = verify(data)
+    manifest = open_data(data).manifest
+    problems = verify_data(data)
     for problem in problems:
         console.print(problem, markup=False, soft_wrap=True)
     if problems:

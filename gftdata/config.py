@@ -116,9 +116,7 @@ class PromptsConfig(BaseModel):
             named = ", ".join(name for name, is_set in unused.items() if is_set)
             raise ValueError(f"reuse takes prompts as they are: {named} cannot be set")
         if self.data_source is not None and self.columns.data_source is not None:
-            raise ValueError(
-                "data_source is one name for all rows, and columns.data_source names each: set one of them"
-            )
+            raise ValueError("data_source names all rows, columns.data_source each of them: set one of the two")
         if self.template is not None and "{question}" not in self.template:
             raise ValueError("template must contain {question}")
         if self.template is not None and self.columns.messages is not None:

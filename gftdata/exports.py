@@ -215,19 +215,17 @@ def _write(
 
 def _no_place(kind: str, options: ExportOptions) -> tuple[str, ...]:
     """What of a group the format has no place for."""
-    always = ["seeds, finish reasons and log-probs at decoding"]
     if kind in ("verl", "trl-grpo"):
         always = ["rewards, token ids and log-probs of all responses", "seeds and finish reasons"]
-    if kind == "trl-grpo":
-        always.insert(0, "the responses: GRPO draws its own")
+    else:
+        always = ["seeds, finish reasons and log-probs at decoding"]
+        always.append("reference log-probs" + (" of single tokens" if kind == "trl-dpo" else ""))
     if kind == "verl":
         always.append("which teacher wrote which response")
-    if kind in ("trl-sft", "trl-kto"):
-        always.append("reference log-probs")
-    if kind == "trl-dpo":
-        always.append("reference log-probs of single tokens")
-    if kind in ("trl-sft", "trl-dpo"):
+    if kind in USES["tokens"]:
         always.append("the texts (the file has token ids)" if options.tokens else "token ids (--tokens exports them)")
+    elif kind == "trl-kto":
+        always.append("token ids")
     return tuple(always)
 
 

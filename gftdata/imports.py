@@ -155,8 +155,8 @@ def unusable(row: Mapping[str, Any]) -> str:
 def prompt_row(row: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """A row of prompts.jsonl; what is moved out of the row is no longer in its `verl.row`.
 
-    A ground truth that is no text becomes JSON, and responses that are not texts stay where they are as well, so that
-    the way back is exact.
+    A ground truth that is no text becomes JSON, and what the way back could not tell (a ground truth or demonstration
+    that is no text, a list of responses with empty ones) stays in the row as well.
     """
     rest = deepcopy(dict(row))
     truth = look(rest, TRUTH)
@@ -168,10 +168,10 @@ def prompt_row(row: Mapping[str, Any], places: Places) -> dict[str, Any]:
         "ground_truth": truth if truth is None or isinstance(truth, str) else json.dumps(truth, ensure_ascii=False),
         "data_source": rest.pop("data_source"),
     }
-    for name, place, kind in (("expert", places.expert, str), ("teacher", places.teacher, list)):
-        found = None if place is None else look(rest, place)
-        made[name] = found
-        if place is not None and isinstance(found, kind):
+    for name, place in (("expert", places.expert), ("teacher", places.teacher)):
+        made[name] = found = None if place is None else look(rest, place)
+        of_texts = isinstance(found, list) and all(isinstance(text, str) and text for text in found)
+        if place is not None and found and (isinstance(found, str) if name == "expert" else of_texts):
             _take(rest, place)
     return made | {VERL: {"row": rest, "expert": places.expert, "teacher": places.teacher}}
 

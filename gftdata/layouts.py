@@ -73,6 +73,7 @@ def rows_of(kind: str, options: ExportOptions, sources: frozenset[str], is_chat:
         facts = {name: getattr(group, name) for name in ("prompt_id", "data_source", "ground_truth", "extra")}
         prompt = {"prompt": chat if is_chat else chat[-1]["content"]}
         if kind == "trl-grpo":
+            left_out["responses: GRPO draws its own"] += len(group.responses)
             yield prompt | facts
             return
         usable = list(_usable(group, kind, options, sources, left_out))

@@ -17,6 +17,7 @@ import pyarrow as pa
 from gftdata.imports import ANSWER, MODEL_ANSWER, TRUTH, VERL, look
 from gftdata.types import EXPERT, TEACHER_PREFIX
 
+IGNORED = -100  # the label of a token that is not in the loss
 FORMATS = ("verl", "trl-sft", "trl-dpo", "trl-kto", "trl-grpo")
 
 
@@ -144,8 +145,9 @@ def _told(r: Candidate, before: str = "") -> dict[str, Any]:
 def _sft(group: GroupRow, r: Candidate, prompt: dict[str, Any], is_chat: bool, tokens: bool) -> dict[str, Any]:
     if not tokens:
         return prompt | {"completion": _said(r, is_chat)}
-    mask = [0] * len(group.prompt_ids) + [1] * len(r.response_ids)
-    return {"input_ids": [*group.prompt_ids, *r.response_ids], "completion_mask": mask}
+    # labels, for TRL heeds a completion_mask only with completion_only_loss=True, which is not its default here
+    labels = [IGNORED] * len(group.prompt_ids) + [*r.response_ids]
+    return {"input_ids": [*group.prompt_ids, *r.response_ids], "labels": labels}
 
 
 def _dpo(
@@ -167,9 +169,7 @@ def trl_schema(kind: str, is_chat: bool, tokens: bool) -> pa.Schema:
         return [(f"{before}source", text), (f"{before}reward", pa.float32()), (f"{before}model", text)]
 
     columns: dict[str, list[tuple[str, pa.DataType]]] = {
-        "trl-sft": [("input_ids", ids), ("completion_mask", pa.list_(pa.int8()))]
-        if tokens
-        else [("prompt", said), ("completion", said)],
+        "trl-sft": [("input_ids", ids), ("labels", ids)] if tokens else [("prompt", said), ("completion", said)],
         "trl-dpo": [
             *([(name, ids) for name in ("prompt_ids", "chosen_ids", "rejected_ids")] if tokens else []),
             *([] if tokens else [(name, said) for name in ("prompt", "chosen", "rejected")]),

@@ -130,7 +130,7 @@ def test_tokens_are_those_of_the_data_set(data: Path, groups: list[Group], tmp_p
     expected = [(g.prompt_ids, r.completion.response_ids) for g in groups for r in g.responses[2:]]
     for row, (prompt_ids, response_ids) in zip(loaded(made), expected, strict=True):
         assert row["input_ids"] == [*prompt_ids, *response_ids]
-        assert row["completion_mask"] == [0] * len(prompt_ids) + [1] * len(response_ids)
+        assert row["labels"] == [-100] * len(prompt_ids) + response_ids.tolist()
 
 
 @pytest.mark.parametrize("tokens", [False, True])

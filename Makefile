@@ -1,7 +1,7 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
-# make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: 1.6 GB and torch)
+# make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3

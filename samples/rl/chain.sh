@@ -18,7 +18,7 @@ gft train samples/objectives/gft.yaml --model "$out/sft/final" --data "$out/grou
 
 echo "== GRPO: TRL, on the same prompts with the same reward"
 [ -f "$out/prompts.parquet" ] || gft export "$out/groups" --format trl-grpo --out "$out/prompts.parquet"
-[ -f "$out/grpo/final/config.json" ] || OMP_WAIT_POLICY=PASSIVE PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" "$trl" $here/grpo.py \
+[ -f "$out/grpo/final/model.safetensors" ] || OMP_WAIT_POLICY=PASSIVE PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" "$trl" $here/grpo.py \
     --model "$out/gft/final" --prompts "$out/prompts.parquet" --reward numeric --out "$out/grpo"
 
 echo "== accuracy on sums that no stage was trained on"

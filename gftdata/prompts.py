@@ -201,11 +201,20 @@ def _to_prompt(
         source_id=None if source_id is None else str(source_id),
         messages=messages,
         ground_truth=_scalar_text(truth, truth_column, where),
-        data_source=config.data_source or (Path(origin).name if Path(origin).exists() else origin),
+        data_source=_data_source(config, row, where, origin),
         given=tuple(texts),
         extra=extra_json,
         question=question,
     )
+
+
+def _data_source(config: PromptsConfig, row: Row, where: str, origin: str) -> str:
+    if (column := config.columns.data_source) is None:
+        return config.data_source or (Path(origin).name if Path(origin).exists() else origin)
+    name = cell(row, column, where, "prompts.columns.data_source")
+    if not isinstance(name, str):
+        raise UserError(f"{where}: column `{column}`: expected the name of a data set, found {name!r}")
+    return name
 
 
 def _messages(config: PromptsConfig, row: Row, where: str) -> tuple[tuple[Message, ...], str]:

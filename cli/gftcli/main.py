@@ -301,6 +301,69 @@ def split(
     _derive(jobs, dry_run)
 
 
+@app.command("import")
+def import_(
+    layout: Annotated[str, typer.Argument(metavar="FORMAT", help="authors (the paper's published data) or verl.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=".parquet or .jsonl file, folder, or Hub data set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Gets prompts.jsonl and generate.yaml.")],
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="COLUMN", help="Demonstrations; authors: extra_info.answer.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="COLUMN", help="A stronger model's; authors: extra_info.model_answer."),
+    ] = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="Of a Hub data set: its configuration.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of a folder or Hub data set.")] = "train",
+    model: Annotated[str, typer.Option("--model", help="The model to fine-tune: folder or Hub id.")] = "PATH-OR-HUB-ID",
+) -> None:
+    """Make prompts, and the config for `gft generate`, of the data of another program."""
+    from gftcli import show
+    from gftdata.imports import import_prompts
+
+    made = import_prompts(layout, source, out, expert=expert, teacher=teacher, subset=subset, split=split, model=model)
+    show.imported(show.open_console(), made)
+
+
+@app.command("export")
+def export_(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A finished data set: folder, hf://datasets/... or s3://...")
+    ],
+    kind: Annotated[
+        str, typer.Option("--format", metavar="F", help="verl, trl-sft, trl-dpo, trl-kto (unpaired) or trl-grpo.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="A .parquet file, or a folder: train.parquet in it.")
+    ],
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="Whose responses; repeatable. SFT: expert; DPO, KTO: all. `teacher` is any."),
+    ] = None,
+    min_reward: Annotated[
+        float | None,
+        typer.Option(
+            "--min-reward", help="SFT: leave out lower ones; DPO: of the chosen; KTO: label true from here (1)."
+        ),
+    ] = None,
+    pairs: Annotated[
+        Literal["one", "all"],
+        typer.Option("--pairs", help="DPO: best against worst of a group, or any two that differ."),
+    ] = "one",
+    tokens: Annotated[bool, typer.Option("--tokens", help="SFT, DPO: token ids as stored, in place of texts.")] = False,
+    truncated: Annotated[
+        bool, typer.Option("--truncated", help="Also responses that the length limit cut; TRL ends them.")
+    ] = False,
+) -> None:
+    """Write a data set as Parquet for TRL or verl, and say what that format cannot hold."""
+    from gftcli import show
+    from gftdata.exports import export
+    from gftdata.layouts import ExportOptions
+
+    options = ExportOptions(tuple(source or ()), min_reward, pairs, tokens, truncated)
+    show.exported(show.open_console(), kind, export(data, kind, out, options))
+
+
 @app.command()
 def train(
     config: ConfigFile,

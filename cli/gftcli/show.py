@@ -10,7 +10,11 @@ from gftdata.tasks import owned
 from gftdata.types import EXPERT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gftdata.config import GenerateConfig
+    from gftdata.exports import Exported
+    from gftdata.imports import Imported
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
     from gftdata.pull import Pulled
@@ -299,6 +303,53 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
             decimal(source.mean_ref_logprob),
         )
     console.print(rows)
+
+
+def imported(console: Console, made: "Imported") -> None:
+    """What an import made, what it left out, and what comes next."""
+    facts(
+        console,
+        {
+            "prompts": f"{made.prompts}: {made.rows:,} of {made.rows_read:,} rows",
+            "left out": _listed(made.left_out),
+            "responses": f"{made.with_expert:,} rows with an expert's, {made.teacher_texts:,} of a teacher",
+            "instruction": f"{made.instructed:,} prompts end with the paper's; they are taken as they stand, without a "
+            "template",
+            "config": f"{made.config}",
+        },
+    )
+    if made.without_ground_truth:
+        console.print(
+            f"note: {made.without_ground_truth:,} prompts have no ground truth: gft generate stops there, or with "
+            "prompts.on_missing_ground_truth=keep leaves their responses unjudged",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(
+        "\nThis is no data set of groups yet: nothing in it has log-probs. Look at model, reward and counts in "
+        f"{made.config}, then:\n  gft generate {made.config} --dry-run\n  gft generate {made.config}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def exported(console: Console, kind: str, made: "Exported") -> None:
+    """What an export made, what it left out, and what the format cannot hold."""
+    facts(
+        console,
+        {
+            "written": f"{made.path}: {made.rows:,} rows for {kind}",
+            "read": f"{made.groups:,} groups",
+            "left out": _listed(made.left_out),
+            "not exported": "; ".join(made.no_place),
+        },
+    )
+    for note in made.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _listed(counts: "Mapping[str, int]") -> str:
+    return "; ".join(f"{count:,} {what}" for what, count in counts.items()) or "nothing"
 
 
 def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared", expected: "Forecast") -> None:

@@ -21,7 +21,8 @@ from gftdata.errors import UserError, first_line
 from gftdata.layouts import FORMATS, Candidate, ExportOptions, GroupRow, rows_of, trl_schema
 from gftdata.locations import DataSet, open_data
 from gftdata.schema import check_schema
-from gftdata.shards import check_writable, fsync_folder
+from gftdata.shards import check_writable
+from gftdata.store import fsync_folder
 from gftdata.tokens import NO_TEMPLATE_HASH
 from gftdata.types import EXPERT, TEACHER_PREFIX
 

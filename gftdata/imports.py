@@ -82,7 +82,7 @@ def import_prompts(
         if path.exists():
             raise UserError(f"{path}: exists already and is not overwritten; name another folder (--out)")
     check_writable(out)
-    rows = file_rows(str(Path(source), "SOURCE") if Path(source).is_file() else _loaded(source, subset), split)
+    rows = file_rows(source, "SOURCE") if Path(source).is_file() else _loaded(source, subset, split)
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     most_texts = 0

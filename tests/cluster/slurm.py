@@ -186,9 +186,7 @@ def command(cluster: Slurm, *words: str, timeout: float = 60, **environment: str
     return done.stdout.strip()
 
 
-def attempt(
-    cluster: Slurm, *words: str, timeout: float = 60, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def attempt(cluster: Slurm, *words: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """As `command`, and it may fail."""
     return subprocess.run(
         words,
@@ -240,7 +238,12 @@ def wait_until(condition: Callable[[], object], timeout: float, cluster: Slurm) 
         if time.monotonic() > until:
             queue = attempt(cluster, "squeue", "-t", "all").stdout
             raise TimeoutError(f"not within {timeout:.0f} s:\n{queue}{printed(cluster)[-8000:]}")
-        time.sleep(0.2)
+        time.sleep(0.05)
+
+
+def signal_steps(cluster: Slurm, job: str, name: str) -> None:
+    """Send a signal to the processes of a job that srun has started, as `--signal` does before the time limit."""
+    command(cluster, "scancel", f"--signal={name}", job)
 
 
 def printed(cluster: Slurm, job: str = "") -> str:

@@ -119,15 +119,17 @@ def fetch(wanted: Wanted) -> None:
 def _model_files(wanted: Wanted) -> list[tuple[str, int, bool]]:
     """Name, bytes and whether it is in the cache, of each file of a model that is loaded."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     kinds: list[Sequence[str]] = [TEXTS]
     if wanted.kind == "model":
         kinds = [(*TEXTS, kind) for kind in WEIGHTS]
     for patterns in kinds:
         try:
-            found = snapshot_download(
-                wanted.name, allow_patterns=list(patterns), ignore_patterns=list(SUBFOLDERS), dry_run=True
-            )
+            with disable_progress_bars():  # of a look at what is there
+                found = snapshot_download(
+                    wanted.name, allow_patterns=list(patterns), ignore_patterns=list(SUBFOLDERS), dry_run=True
+                )
         except _failures() as error:
             _fail(wanted, error)
         assert isinstance(found, list)

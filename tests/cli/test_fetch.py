@@ -168,8 +168,9 @@ def test_what_cannot_be_had_is_said_in_a_line(hub: FakeHub, tmp_path: Path, demo
     def said(settings: dict[str, Any], offline: bool = False) -> str:
         done = gft(hub, tmp_path / "home", "fetch", write(tmp_path / "eval.yaml", settings), offline=offline)
         assert done.returncode == 2, done.stdout + done.stderr
-        (line,) = done.stderr.splitlines()
-        return line
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
 
     prompts = {"path": str(demo / "eval.jsonl"), "columns": {"ground_truth": "answer"}}
     assert "org/none (model): no such folder here, and the Hub" in said({"model": "org/none", "prompts": prompts})

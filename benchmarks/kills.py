@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from gftdata.journal import read_journal
 from gftdata.shards import DATA, WORK, read_manifest, verify
+from gftdata.store import FolderStore
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN, SHARD, MAX_TOKENS = 4, 8, 48
@@ -105,7 +106,7 @@ def drawn(out: Path) -> tuple[Drawn, int]:
     found: Drawn = {}
     doubled = 0
     prompts = out / WORK / "prompts"
-    for path in sorted(prompts.glob("*.jsonl")):
+    for path in sorted(prompts.glob("*/*.jsonl")):
         ids = [json.loads(line.split("\t", 2)[2])["prompt_id"] for line in path.read_text().splitlines()]
         attempts = sorted((out / WORK / "journal" / path.stem).glob("*.jsonl"))
         keys: Counter[tuple[str, int, int]] = Counter()
@@ -114,7 +115,7 @@ def drawn(out: Path) -> tuple[Drawn, int]:
             records = [json.loads(line[9:]) for line in lines]
             keys.update((record["source"], record["row"], record["k"]) for record in records)
         doubled += sum(count - 1 for count in keys.values())
-        for (source, row, k), entry in read_journal(out / WORK / "journal", int(path.stem)).items():
+        for (source, row, k), entry in read_journal(FolderStore(out), int(path.stem)).items():
             found[ids[row], source, k] = entry.text, tuple(entry.response_ids.tolist()) if source == "self" else ()
     for path in sorted((out / DATA).glob("*.parquet")):
         found |= published(path)

@@ -34,7 +34,8 @@ def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, flo
     """One generation in this process."""
     import gftdata.engines.sglang as sglang
     from gftdata.config import GenerateConfig, validate_config
-    from gftdata.generate import Event, generate
+    from gftdata.events import Event
+    from gftdata.generate import generate
     from gftdata.shards import verify
     from gftdata.tokens import encode_response, load_tokenizer
 

@@ -84,6 +84,7 @@ def make_data(out: Path, gigabytes: float) -> None:
         toolkit_version,
         write_manifest,
     )
+    from gftdata.store import FolderStore
 
     rng, settings = np.random.default_rng(0), ShardsConfig()
     words = ["".join(map(chr, 97 + rng.integers(0, 26, size))) for size in rng.integers(2, 9, 5000)]
@@ -92,8 +93,8 @@ def make_data(out: Path, gigabytes: float) -> None:
     def publish(number: int, count: int) -> int:
         per_shard = settings.groups_per_shard
         table = groups_to_table(make_groups(rng, per_shard, text, number * per_shard), settings.logprob_dtype)
-        publish_shard(out, number, count, table, settings.row_group_size, settings.logprob_dtype)
-        record = shard_record(out, number, count)
+        publish_shard(FolderStore(out), number, count, table, settings.row_group_size, settings.logprob_dtype)
+        record = shard_record(FolderStore(out), number, count)
         assert record is not None
         return record.bytes
 
@@ -104,7 +105,7 @@ def make_data(out: Path, gigabytes: float) -> None:
         publish(number, count)
         print(f"\rmaking shards: {number + 1} of {count}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    records = all_records(out, count)
+    records = all_records(FolderStore(out), count)
     rows = sum(record.rows for record in records)
     nothing = dict.fromkeys(PromptCounts.model_fields)
     tokens = sum(record.response_tokens for record in records)
@@ -130,7 +131,7 @@ def make_data(out: Path, gigabytes: float) -> None:
         ),
         shards=records,
     )
-    write_manifest(out, manifest)
+    write_manifest(FolderStore(out), manifest)
 
 
 def drop_pages(paths: list[Path]) -> None:

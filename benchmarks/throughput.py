@@ -60,7 +60,8 @@ def settings(options: argparse.Namespace, out: Path) -> Any:
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """One `gft generate` in this process: from the engine being up to the last shard being published."""
-    from gftdata.generate import Event, generate
+    from gftdata.events import Event
+    from gftdata.generate import generate
 
     times: list[float] = []
 

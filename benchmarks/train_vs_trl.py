@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "padding-free 4": {"per_device_train_batch_size": 4, "padding_free": True},
     "packing (bfd)": {"per_device_train_batch_size": 1, "packing": True, "max_length": None},  # of two responses
 }
-CANDIDATES = ("batch 1", "batch 8")
+CANDIDATES = ("batch 1", "batch 8", "padding-free 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,10 @@ def write_shard(out: Path, model: str, tokenizer: Any, groups: list[Any]) -> Non
         verify,
         write_manifest,
     )
+    from gftdata.store import FolderStore
     from gftdata.summary import summarise
 
-    publish_shard(out, 0, 1, groups_to_table(groups), len(groups), "float32")
+    publish_shard(FolderStore(out), 0, 1, groups_to_table(groups), len(groups), "float32")
     nothing = dict.fromkeys(PromptCounts.model_fields)
     hashes = {name: getattr(tokenizer, name) for name in TokenizerRecord.model_fields}
     manifest = Manifest(
@@ -189,9 +190,9 @@ def write_shard(out: Path, model: str, tokenizer: Any, groups: list[Any]) -> Non
         prompts_quarantined=0,
         teacher_samples_left_out=None,
         summary=summarise(sorted((out / DATA).glob("*.parquet"))),
-        shards=all_records(out, 1),
+        shards=all_records(FolderStore(out), 1),
     )
-    write_manifest(out, manifest)
+    write_manifest(FolderStore(out), manifest)
     if problems := verify(out):
         sys.exit("\n".join(problems))
 

@@ -32,13 +32,15 @@ from gftdata.config import (
     recipe_differences,
 )
 from gftdata.errors import UserError, first_line
-from gftdata.generate import QUARANTINE, Event, Listener, give_up, open_engine, quarantined
+from gftdata.events import Event, Listener
+from gftdata.generate import give_up, open_engine
 from gftdata.judging import open_judges
 from gftdata.models import context_length, model_revision, shareable, shown_name
-from gftdata.prepare import check_engine, sole_writer, tokenizer_record
+from gftdata.prepare import QUARANTINE, check_engine, quarantined, sole_writer, tokenizer_record
 from gftdata.rewards import resolve
 from gftdata.schema import groups_to_table, schema, table_to_groups
 from gftdata.shards import DATA, MANIFEST, WORK, Derivation, Index, Manifest, ModelRecord
+from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import Group, ScoreRequest, Unscored
@@ -119,12 +121,13 @@ class Job:
 def derive(job: Job, on_event: Listener = lambda event: None) -> Manifest:
     """Write the data set, or what is missing of it; returns its manifest. Raises UserError as the plans do."""
     out, num_shards = job.out, len(job.shards)
+    store = FolderStore(out)
     with sole_writer(out):
         check_output(out, job.sources, job.derivation)  # another process may have been here since the plan
         if (out / MANIFEST).is_file():
             return shards.read_manifest(out)
         shards.write_atomic(out / WORK / PLAN, job.derivation.model_dump_json(indent=2))
-        unfinished = [shard for shard in range(num_shards) if shards.shard_record(out, shard, num_shards) is None]
+        unfinished = [shard for shard in range(num_shards) if shards.shard_record(store, shard, num_shards) is None]
         remaining = sum(len(job.shards[shard]) for shard in unfinished)
         on_event(Event("groups", count=job.num_groups, done=job.num_groups - remaining))
         if unfinished:
@@ -132,8 +135,10 @@ def derive(job: Job, on_event: Listener = lambda event: None) -> Manifest:
             with job.open_change(out, on_event) as change:
                 for shard in unfinished:
                     table = change(_rows(job.index, job.shards[shard], first.logprob_dtype, read))
-                    shards.publish_shard(out, shard, num_shards, table, first.sizes.row_group_size, first.logprob_dtype)
-                    shards.shard_record(out, shard, num_shards)
+                    shards.publish_shard(
+                        store, shard, num_shards, table, first.sizes.row_group_size, first.logprob_dtype
+                    )
+                    shards.shard_record(store, shard, num_shards)
                     on_event(Event("shard", count=len(job.shards[shard])))
         return finalize(job)
 
@@ -153,10 +158,10 @@ def _rows(
 
 def finalize(job: Job) -> Manifest:
     """Gather the commit records and mark the data set final."""
-    out = job.out
-    records = shards.all_records(out, len(job.shards))
+    out, store = job.out, FolderStore(job.out)
+    records = shards.all_records(store, len(job.shards))
     refused = {key: line for source in job.sources for key, line in source.quarantine.items()}
-    refused |= {key: (out / WORK / QUARANTINE / f"{key}.json").read_text() for key in sorted(quarantined(out))}
+    refused |= {key: (out / WORK / QUARANTINE / f"{key}.json").read_text() for key in sorted(quarantined(store))}
     if refused:
         shards.write_atomic(out / f"{QUARANTINE}.jsonl", "".join(f"{line}\n" for line in refused.values()))
     unnamed = sum(source.manifest.prompts_quarantined - len(source.quarantine) for source in job.sources)
@@ -176,7 +181,7 @@ def finalize(job: Job) -> Manifest:
     if (out / WORK / ENGINE).is_file():
         changes["engine"] = (out / WORK / ENGINE).read_text()
     manifest = job.manifest.model_copy(update=changes)
-    shards.write_manifest(out, manifest)
+    shards.write_manifest(store, manifest)
     shutil.rmtree(out / WORK / "staged", ignore_errors=True)
     return manifest
 
@@ -244,7 +249,7 @@ def rescoring(
         shards.write_atomic(out / WORK / ENGINE, engine.version)
 
         def rescored(table: pa.Table) -> pa.Table:
-            refused = quarantined(out)
+            refused = quarantined(FolderStore(out))
             groups = {i: group for i, group in enumerate(decode(table)) if group.prompt.prompt_id not in refused}
             answers = iter(
                 engine.score(
@@ -265,7 +270,7 @@ def rescoring(
                 pairs = zip(group.responses, scores, strict=True)
                 responses = (replace(r, ref_logprobs=s) for r, s in pairs if not isinstance(s, Unscored))
                 scored[i] = replace(group, responses=tuple(responses))
-            give_up(out, given_up, len(scored), on_event)
+            give_up(FolderStore(out), given_up, len(scored), on_event)
             kept = table.take(pa.array(list(scored), pa.int64()))
             return _with_columns(kept, ("ref_logprobs", "ref_logprob_means"), list(scored.values()), logprob_dtype)
 

@@ -1,40 +1,46 @@
 """`gft generate`: prompts -> expert + teacher + self responses -> rewards -> reference log-probs -> shards.
 
 Read it downward: `generate` is the pipeline, what follows are its steps in order. What a run decides once is in
-`prepare.py`.
+`prepare.py`. Several tasks may be at work in one output (`tasks.py`), each on its own shards, and two copies of one
+task on the same shards: of what they publish the first copy stays.
 """
 
 import gc
+import hashlib
 import json
-import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from gftdata import groups as grouping
 from gftdata.config import EngineConfig, GenerateConfig, OpenaiConfig, ServerConfig, SglangConfig
 from gftdata.errors import UserError
-from gftdata.extend import Key, carried_keys, carried_responses
-from gftdata.journal import Journal, entry_of, read_journal, shard_folder
+from gftdata.events import Event, Listener
+from gftdata.extend import Key, carried_keys, carried_responses, drawn_counts
+from gftdata.journal import JOURNAL, Journal, entry_of, open_journal, read_journal
 from gftdata.judging import Submit, open_judges
 from gftdata.models import shareable, shown_name
 from gftdata.prepare import (
+    PROMPTS,
+    QUARANTINE,
     Phase,
     Plan,
     ShardPrompt,
     create_output,
     phases,
     preflight,
+    quarantined,
     read_plan,
     rows_of_shard,
     shard_prompts,
-    sole_writer,
+    writing,
 )
 from gftdata.schema import SCHEMA_VERSION, groups_to_table
 from gftdata.shards import (
@@ -43,16 +49,21 @@ from gftdata.shards import (
     MANIFEST,
     WORK,
     Manifest,
+    ShardRecord,
     all_records,
     package_versions,
+    parse_manifest,
     publish_shard,
-    read_manifest,
+    published,
+    shard_name,
     shard_record,
     toolkit_version,
-    write_atomic,
     write_manifest,
 )
+from gftdata.status import reporting
+from gftdata.store import STAGED, Store, open_store
 from gftdata.summary import summarise
+from gftdata.tasks import Task, new_attempt, owned
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import (
     SELF,
@@ -68,71 +79,103 @@ from gftdata.types import (
 if TYPE_CHECKING:
     from gftdata.engines.protocol import Engine, Sampler, Scorer
 
-QUARANTINE = "quarantine"
+ENGINES = f"{WORK}/engines"  # a file for each version of the engine that scored
 NO_IDS = np.empty(0, np.int32)
 FEW = 4  # groups of a last, short shard that may all be beyond scoring
 MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
+MAX_IDLE_PASSES = 3  # over the same unfinished shards, none of which could be finished
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened, for whoever shows progress; may come from another thread."""
+def generate(config: GenerateConfig, on_event: Listener = lambda event: None, task: Task = Task()) -> Manifest | None:
+    """Run or continue the generation of a data set, or one task's share of it.
 
-    kind: Literal["groups", "phase", "sample", "quarantined", "judged", "shard"]
-    source: str = ""
-    count: int = 0  # groups: in the data set; phase: samples still to draw; shard: groups in it
-    done: int = 0  # groups: published before
-    tokens: int = 0
-    reward: float | None = None
-
-
-Listener = Callable[[Event], None]
-
-
-def generate(config: GenerateConfig, on_event: Listener = lambda event: None) -> Manifest:
-    """Run or continue the generation of a data set; returns the manifest of the finished one.
-
-    Raises UserError for what the user can mend. Killed at any moment and called again with the same config, it
-    continues, and the finished data set holds every prompt exactly once.
+    Returns the manifest of the finished data set, which whoever finishes last writes; None where shards of other tasks
+    are still missing. Raises UserError for what the user can mend. Killed at any moment and called again with the same
+    config, it continues, and the finished data set holds every prompt exactly once.
     """
-    out, tokenizer = Path(config.out), preflight(config)
-    if (out / MANIFEST).is_file():
-        return read_manifest(out)
-    with sole_writer(out):
-        return _generate(config, out, tokenizer, on_event)
+    store, tokenizer = open_store(config.out), preflight(config)
+    if (manifest := read_final(store)) is not None:
+        return manifest
+    attempt = new_attempt()
+    with writing(store, alone=task.alone), reporting(store, attempt, task, on_event) as listener:
+        plan = read_plan(store) or create_output(config, store, tokenizer)
+        with closing(open_journal(store, attempt)) as journal:
+            _make_shards(config, store, plan, task, tokenizer, journal, listener)
+        if len(published(store, plan.num_shards)) < plan.num_shards:
+            return None
+        return finalize(store, plan)
 
 
-def _generate(config: GenerateConfig, out: Path, tokenizer: Tokenizer, on_event: Listener) -> Manifest:
-    plan = read_plan(out) or create_output(config, out, tokenizer)
-    unfinished = [shard for shard in range(plan.num_shards) if shard_record(out, shard, plan.num_shards) is None]
-    remaining = sum(rows_of_shard(config, plan, shard) for shard in unfinished)
-    on_event(Event("groups", count=plan.prompts.prompts, done=plan.prompts.prompts - remaining))
+def read_final(store: Store) -> Manifest | None:
+    """The manifest of an output that is finished."""
+    try:
+        return parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
+    except FileNotFoundError:
+        return None
+
+
+def _make_shards(
+    config: GenerateConfig,
+    store: Store,
+    plan: Plan,
+    task: Task,
+    tokenizer: Tokenizer,
+    journal: Journal,
+    on_event: Listener,
+) -> None:
+    """Make the task's shards, as far as they are not there.
+
+    One pass does it, unless another copy of this task has taken its samples away with a shard that this one cannot see
+    yet: on a shared file system that may take a minute. Then they are drawn again.
+    """
+    mine = owned(task, range(plan.num_shards))
     *teachers, own = phases(config)
-    with closing(Journal(out / WORK / "journal")) as journal:
+    total, unfinished = sum(rows_of_shard(plan, shard) for shard in mine), _unfinished(store, plan, mine)
+    remaining = sum(rows_of_shard(plan, shard) for shard in unfinished)
+    on_event(Event("groups", count=total, done=total - remaining))
+    idle = 0
+    while unfinished:
         for phase in teachers:
-            draw_teacher(config, plan, unfinished, phase, journal, on_event)
-        if unfinished:
-            finish_shards(config, plan, unfinished, own, tokenizer, journal, on_event)
-    return finalize(config, out, plan)
+            draw_teacher(config, store, plan, unfinished, phase, journal, on_event)
+        finish_shards(config, store, plan, unfinished, own, tokenizer, journal, on_event)
+        before, unfinished = unfinished, _unfinished(store, plan, mine)
+        idle = idle + 1 if unfinished == before else 0
+        if idle == MAX_IDLE_PASSES:
+            raise UserError(
+                f"{store.location}: {len(unfinished)} shards were drawn {idle} times and are not there, the first is "
+                f"{shard_name(unfinished[0], plan.num_shards)}: is something taking away what is in {JOURNAL}?"
+            )
+
+
+def _unfinished(store: Store, plan: Plan, shards: Sequence[int]) -> list[int]:
+    there = set(published(store, plan.num_shards))
+    return [shard for shard in shards if shard not in there]
 
 
 def draw_teacher(
-    config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase, journal: Journal, on_event: Listener
+    config: GenerateConfig,
+    store: Store,
+    plan: Plan,
+    shards: Sequence[int],
+    phase: Phase,
+    journal: Journal,
+    on_event: Listener,
 ) -> None:
     """One teacher's phase over all shards: its model is up only meanwhile."""
-    missing = count_missing(config, plan, shards, phase)
+    missing = count_missing(config, store, plan, shards, phase)
     if not missing.total():
         return
     tokenizer = None if phase.takes_text else load_tokenizer(phase.model)
     with closing(open_sampler(phase, tokenizer)) as sampler:
         on_event(Event("phase", phase.source, missing.total()))
-        begun = has_begun(config, plan, shards, phase, missing)
-        for _ in draw(config, plan, shards, phase, sampler, tokenizer, journal, on_event, begun=begun):
+        begun = has_begun(store, plan, shards, phase, missing)
+        for _ in draw(config, store, plan, shards, phase, sampler, tokenizer, journal, on_event, begun=begun):
             pass
 
 
 def finish_shards(
     config: GenerateConfig,
+    store: Store,
     plan: Plan,
     shards: Sequence[int],
     own: Phase,
@@ -144,7 +187,7 @@ def finish_shards(
 
     A shard is finished as soon as its last sample is there; beside the sampling where the engine can do both at once.
     """
-    missing = count_missing(config, plan, shards, own)
+    missing = count_missing(config, store, plan, shards, own)
     # left in reverse: judges first (an error kills them), then the engine (whose closing answers whoever waits for it),
     # so that the thread in the background, joined last, has nothing left to wait for
     with (
@@ -153,24 +196,25 @@ def finish_shards(
         open_judges(config.reward) as submit,
         _imports_out_of_the_way(),
     ):
-        write_atomic(Path(config.out) / WORK / "engine", engine.version)
+        store.write(f"{ENGINES}/{hashlib.sha256(engine.version.encode()).hexdigest()[:8]}", engine.version.encode())
         on_event(Event("phase", own.source, missing.total()))
         running: deque[Future[None]] = deque()
 
         def finish(shard: int) -> None:
             journal.close_shard(shard)
+            work = (config, store, plan, shard, tokenizer, submit, engine, journal, on_event)
             if not engine.concurrent:
-                finish_shard(config, plan, shard, tokenizer, submit, engine, on_event)
+                finish_shard(*work)
                 return
             while len(running) > 1:  # a shard in work and one that waits: memory stays flat
                 running.popleft().result()
-            running.append(background.submit(finish_shard, config, plan, shard, tokenizer, submit, engine, on_event))
+            running.append(background.submit(finish_shard, *work))
 
         incomplete = [shard for shard in shards if missing[shard]]
         for shard in sorted(set(shards) - set(incomplete)):
             finish(shard)
-        begun = has_begun(config, plan, shards, own, missing)
-        for shard in draw(config, plan, incomplete, own, engine, tokenizer, journal, on_event, begun=begun):
+        begun = has_begun(store, plan, shards, own, missing)
+        for shard in draw(config, store, plan, incomplete, own, engine, tokenizer, journal, on_event, begun=begun):
             missing[shard] -= 1
             if not missing[shard]:
                 finish(shard)
@@ -199,21 +243,25 @@ def _background_thread() -> Iterator[ThreadPoolExecutor]:
 
 def finish_shard(
     config: GenerateConfig,
+    store: Store,
     plan: Plan,
     shard: int,
     tokenizer: Tokenizer,
     submit: Submit,
     scorer: "Scorer",
+    journal: Journal,
     on_event: Listener,
 ) -> None:
-    """Judge, score and publish one shard whose samples are all there."""
-    out, layout = Path(config.out), config.shards
-    groups = judge_and_score(out, assemble(config, shard, tokenizer), submit, scorer, on_event)
-    table = groups_to_table(groups, layout.logprob_dtype)
-    publish_shard(out, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
-    shard_record(out, shard, plan.num_shards)
-    shutil.rmtree(shard_folder(out / WORK / "journal", shard), ignore_errors=True)
-    on_event(Event("shard", count=table.num_rows))
+    """Judge, score and publish one shard whose samples are all there, unless another copy of this task has done it."""
+    layout, name = config.shards, f"{DATA}/{shard_name(shard, plan.num_shards)}"
+    rows = None if store.exists(name) else assemble(config, store, plan, shard, tokenizer)
+    if rows is not None:
+        groups = judge_and_score(store, rows, submit, scorer, on_event)
+        table = groups_to_table(groups, layout.logprob_dtype)
+        publish_shard(store, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
+    if (record := shard_record(store, shard, plan.num_shards)) is not None:
+        journal.drop_shard(shard)
+        on_event(Event("shard", count=record.rows))
 
 
 def _written_by(plan: Plan, phase: Phase) -> str:
@@ -221,46 +269,43 @@ def _written_by(plan: Plan, phase: Phase) -> str:
     return f"{shown_name(record.name)}@{record.revision[:12]}"
 
 
-def count_missing(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase) -> Counter[int]:
+def count_missing(
+    config: GenerateConfig, store: Store, plan: Plan, shards: Sequence[int], phase: Phase
+) -> Counter[int]:
     """Shard -> samples of a phase that are still to be drawn."""
-    out = Path(config.out)
-    simple = not quarantined(out) and config.extend is None  # the usual case needs no look at the prompts
+    simple = not quarantined(store) and config.extend is None  # the usual case needs no look at the prompts
     missing: Counter[int] = Counter()
     for shard in shards:
         if simple:
-            done = sum(source == phase.source for source, *_ in read_journal(out / WORK / "journal", shard))
-            missing[shard] = rows_of_shard(config, plan, shard) * phase.count - done
+            done = sum(source == phase.source for source, *_ in read_journal(store, shard))
+            missing[shard] = rows_of_shard(plan, shard) * phase.count - done
         else:
-            missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(config, shard, phase))
+            missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(config, store, plan, shard, phase))
     return missing
 
 
-def has_begun(config: GenerateConfig, plan: Plan, shards: Sequence[int], phase: Phase, missing: Counter[int]) -> bool:
+def has_begun(store: Store, plan: Plan, shards: Sequence[int], phase: Phase, missing: Counter[int]) -> bool:
     """Whether some samples of a phase are there already, so that its engine and settings have been seen to work."""
-    everything = sum(rows_of_shard(config, plan, shard) for shard in range(plan.num_shards)) * phase.count
-    refused = len(quarantined(Path(config.out))) * phase.count
-    return missing.total() < everything - refused
+    everything = sum(rows_of_shard(plan, shard) for shard in shards) * phase.count
+    refused = len(quarantined(store)) * phase.count
+    return missing.total() < everything - refused or any(store.names(DATA))
 
 
-def _wanted(config: GenerateConfig, shard: int, phase: Phase) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
+def _wanted(
+    config: GenerateConfig, store: Store, plan: Plan, shard: int, phase: Phase
+) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
     """(row, prompt, the k that a phase still has to draw for it), for each prompt that was not given up."""
-    out = Path(config.out)
-    refused, items = quarantined(out), shard_prompts(out, shard)
-    done = read_journal(out / WORK / "journal", shard).keys() | carried_keys(config, items)
+    refused, items = quarantined(store), shard_prompts(store, plan, shard)
+    done = read_journal(store, shard).keys() | carried_keys(config, items)
     for row, item in enumerate(items):
         if item.prompt.prompt_id not in refused:
             yield row, item, [k for k in range(phase.count) if (phase.source, row, k) not in done]
 
 
-def quarantined(out: Path) -> set[str]:
-    """Prompts that the engine gave up; each has a file that says why."""
-    return {path.stem for path in (out / WORK / QUARANTINE).glob("*.json")}
-
-
-def quarantine(out: Path, prompt_id: str, source: str, reason: str) -> None:
+def quarantine(store: Store, prompt_id: str, source: str, reason: str) -> None:
     """Leave a prompt out of the data set, with its reason on record."""
     entry = {"prompt_id": prompt_id, "source": source, "reason": reason}
-    write_atomic(out / WORK / QUARANTINE / f"{prompt_id}.json", json.dumps(entry))
+    store.write(f"{WORK}/{QUARANTINE}/{prompt_id}.json", json.dumps(entry).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,11 +318,16 @@ class Placed:
 
 
 def phase_requests(
-    config: GenerateConfig, shards: Sequence[int], phase: Phase, tokenizer: Tokenizer | None
+    config: GenerateConfig,
+    store: Store,
+    plan: Plan,
+    shards: Sequence[int],
+    phase: Phase,
+    tokenizer: Tokenizer | None,
 ) -> Iterator[Placed]:
     """The requests of a phase that no journal answers yet, a group's one after the other."""
     for shard in shards:
-        for row, item, wanted in _wanted(config, shard, phase):
+        for row, item, wanted in _wanted(config, store, plan, shard, phase):
             if not wanted:
                 continue
             prompt_id, messages = item.prompt.prompt_id, phase.messages(item.prompt)
@@ -292,6 +342,7 @@ def phase_requests(
 
 def draw(
     config: GenerateConfig,
+    store: Store,
     plan: Plan,
     shards: Sequence[int],
     phase: Phase,
@@ -308,14 +359,13 @@ def draw(
     another request has been answered, now or before (`begun`): refusals alone speak of the engine or its settings, and
     raise UserError.
     """
-    out = Path(config.out)
     refused: list[tuple[Refusal, int]] = []  # not yet believed, with their shards
     answered = begun
     written_by = _written_by(plan, phase)
     places: dict[tuple[str, int], tuple[int, int]] = {}
 
     def requests() -> Iterator[SampleRequest]:
-        for item in phase_requests(config, shards, phase, tokenizer):
+        for item in phase_requests(config, store, plan, shards, phase, tokenizer):
             places[item.request.prompt_id, item.request.index] = item.shard, item.row
             yield item.request
 
@@ -330,19 +380,19 @@ def draw(
         journal.append(shard, entry)
         answered = True
         on_event(Event("sample", phase.source, tokens=answer.num_tokens))
-        yield from _believe(out, phase.source, refused, on_event)
+        yield from _believe(store, phase.source, refused, on_event)
         yield shard
     if refused and (not answered or len(refused) >= MAX_REFUSALS):
         reason = refused[-1][0].reason
         raise UserError(f"{len(refused)} requests for {phase.source} were refused with no answer between: {reason}")
-    yield from _believe(out, phase.source, refused, on_event)
+    yield from _believe(store, phase.source, refused, on_event)
 
 
-def _believe(out: Path, source: str, refused: list[tuple[Refusal, int]], on_event: Listener) -> Iterator[int]:
+def _believe(store: Store, source: str, refused: list[tuple[Refusal, int]], on_event: Listener) -> Iterator[int]:
     """Quarantine what was refused; yields the shards."""
     while refused:
         refusal, shard = refused.pop(0)
-        quarantine(out, refusal.request.prompt_id, source, refusal.reason)
+        quarantine(store, refusal.request.prompt_id, source, refusal.reason)
         on_event(Event("quarantined", source))
         yield shard
 
@@ -350,25 +400,26 @@ def _believe(out: Path, source: str, refused: list[tuple[Refusal, int]], on_even
 Row = tuple[ShardPrompt, list[Completion | Response]]  # a response needs no judging and scoring any more
 
 
-def assemble(config: GenerateConfig, shard: int, tokenizer: Tokenizer) -> list[Row]:
+def assemble(config: GenerateConfig, store: Store, plan: Plan, shard: int, tokenizer: Tokenizer) -> list[Row] | None:
     """A shard's prompts with all their completions: given ones, then teachers, then self, each in order.
 
-    What the extended data set has of them comes as it is there, judged and scored.
+    What the extended data set has of them comes as it is there, judged and scored. None where samples are missing that
+    had been there: another copy of this task has taken them away, because it has published the shard.
     """
-    out = Path(config.out)
-    entries = read_journal(out / WORK / "journal", shard)
-    refused, items = quarantined(out), shard_prompts(out, shard)
+    entries = read_journal(store, shard)
+    refused, items = quarantined(store), shard_prompts(store, plan, shard)
     carried = carried_responses(config, items)
     left_out = carried_keys(config, items) - carried.keys()  # by the extended data set
     rows: list[Row] = []
     for row, item in enumerate(items):
         if item.prompt.prompt_id in refused:
             continue
+        keys = [(phase.source, row, k) for phase in phases(config) for k in range(phase.count)]
+        keys = [key for key in keys if key not in left_out]
+        if any(key not in entries and key not in carried for key in keys):
+            return None
         drawn = [
-            carried.get(key) or grouping.drawn_completion(config.responses, entries[key], tokenizer)
-            for phase in phases(config)
-            for key in ((phase.source, row, k) for k in range(phase.count))
-            if key not in left_out
+            carried.get(key) or grouping.drawn_completion(config.responses, entries[key], tokenizer) for key in keys
         ]
         given = [
             _already(carried, row, completion)
@@ -385,7 +436,7 @@ def _already(carried: Mapping[Key, Response], row: int, given: Completion) -> Co
 
 
 def judge_and_score(
-    out: Path,
+    store: Store,
     rows: Sequence[Row],
     submit: Submit,
     scorer: "Scorer",
@@ -409,7 +460,7 @@ def judge_and_score(
     scores = [[next(answers) for _ in completions] for completions in new]
     unscored = [next((score for score in of_row if isinstance(score, Unscored)), None) for of_row in scores]
     failures = {row[0].prompt.prompt_id: f.reason for row, f in zip(rows, unscored, strict=True) if f is not None}
-    give_up(out, failures, len(rows) - len(failures), on_event)
+    give_up(store, failures, len(rows) - len(failures), on_event)
     groups = []
     for (item, found), of_row, failed, futures in zip(rows, scores, unscored, verdicts, strict=True):
         if failed is not None:
@@ -427,30 +478,42 @@ def judge_and_score(
     return groups
 
 
-def give_up(out: Path, failures: Mapping[str, str], num_scored: int, on_event: Listener) -> None:
+def give_up(store: Store, failures: Mapping[str, str], num_scored: int, on_event: Listener) -> None:
     """Quarantine the prompts of a shard (id -> reason) that the engine could not score.
 
     Raises UserError, and quarantines none, where that says more of the engine than of the prompts: no group of the
     shard was scored, and there are several of them, or no shard was ever published.
     """
-    doubtful = len(failures) > FEW or not any((out / DATA).glob("*.parquet"))
+    doubtful = len(failures) > FEW or not store.names(DATA)
     if failures and not num_scored and doubtful:
         raise UserError(f"not one of {len(failures)} groups could be scored: {next(iter(failures.values()))}")
     for prompt_id, reason in failures.items():
-        quarantine(out, prompt_id, "reference", reason)
+        quarantine(store, prompt_id, "reference", reason)
         on_event(Event("quarantined", "reference"))
 
 
-def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
-    """Gather the commit records and mark the data set final."""
-    complete = all_records(out, plan.num_shards)
-    paths = [out / DATA / record.name for record in complete]
-    summary = summarise(paths)
-    refused = sorted(quarantined(out))
+def finalize(store: Store, plan: Plan | None = None) -> Manifest:
+    """Check that every prompt is there or accounted for, gather the commit records, and mark the data set final.
+
+    Two may be at it at the same time: they write the same. Raises UserError where something is missing.
+    """
+    if (manifest := read_final(store)) is not None:
+        return manifest
+    plan = plan or read_plan(store)
+    if plan is None:
+        raise UserError(f"{store.location}: not an output of gft generate, or not begun yet")
+    records = all_records(store, plan.num_shards)
+    refused: set[str] = set()
+    try:
+        summary = summarise(_checked(store, plan, records, refused))
+    except FileNotFoundError:
+        if (manifest := read_final(store)) is None:  # another task was faster, and has put away the prompts
+            raise
+        return manifest
     if refused:
-        entries = [(out / WORK / QUARANTINE / f"{prompt_id}.json").read_text() for prompt_id in refused]
-        write_atomic(out / f"{QUARANTINE}.jsonl", "".join(f"{entry}\n" for entry in entries))
-    drawn_by_teachers = {phase.source: phase.count for phase in phases(config) if phase.source != SELF}
+        entries = [store.read(f"{WORK}/{QUARANTINE}/{prompt_id}.json").decode() for prompt_id in sorted(refused)]
+        store.write(f"{QUARANTINE}.jsonl", "".join(f"{entry}\n" for entry in entries).encode())
+    drawn_by_teachers = {source: count for source, count in drawn_counts(plan.recipe).items() if source != SELF}
     expected = sum(drawn_by_teachers.values()) * summary.groups
     found = sum(source.responses for source in summary.sources if source.source in drawn_by_teachers)
     manifest = Manifest(
@@ -460,19 +523,39 @@ def finalize(config: GenerateConfig, out: Path, plan: Plan) -> Manifest:
         recipe=shareable(plan.recipe),
         models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
         tokenizer=plan.tokenizer,
-        engine=(out / WORK / "engine").read_text(),
+        engine="; ".join(sorted(store.read(f"{ENGINES}/{name}").decode() for name in store.names(ENGINES))),
         packages=package_versions(),
         prompts=plan.prompts,
         prompts_quarantined=len(refused),
         teacher_samples_left_out=expected - found,
         derived=plan.derived,
         summary=summary,
-        shards=complete,
+        shards=records,
     )
-    write_manifest(out, manifest)
-    for folder in ("journal", "prompts", "staged"):
-        shutil.rmtree(out / WORK / folder, ignore_errors=True)
+    write_manifest(store, manifest)
+    for folder in (JOURNAL, PROMPTS, STAGED):
+        store.remove(folder)
     return manifest
+
+
+def _checked(store: Store, plan: Plan, records: Sequence[ShardRecord], refused: set[str]) -> Iterator[Path]:
+    """The files of the shards, each compared with its prompts; into `refused` go the prompts that were given up.
+
+    A prompt that one copy of a task gave up may be in the shard that another has published: it is there, then.
+    """
+    given_up = quarantined(store)
+    for shard, record in enumerate(records):
+        planned = {item.prompt.prompt_id for item in shard_prompts(store, plan, shard)}
+        with store.local(f"{DATA}/{record.name}") as path:
+            there = set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist())
+            if there - planned or planned - there - given_up:
+                raise UserError(
+                    f"{store.location}/{DATA}/{record.name}: lacks {len(planned - there - given_up)} of its prompts "
+                    f"and has {len(there - planned)} that are not its own; delete it and its record in {WORK}/records, "
+                    "then give the command that made it again"
+                )
+            refused |= planned - there
+            yield path
 
 
 def open_sampler(phase: Phase, tokenizer: Tokenizer | None) -> "Sampler":

@@ -1,26 +1,31 @@
 """The journal of finished samples: what a killed run has not to draw again.
 
-One append-only file for each shard and worker attempt, `.work/journal/<shard>/<attempt>.jsonl`; by shard, so that a
-shard is assembled without reading the others' samples and its journal goes when it is published. A line is a checksum
-and a JSON object; a torn last line is what a kill leaves and is passed over, any other damage is an error.
+In a folder one append-only file for each shard and attempt, `.work/journal/<shard>/<attempt>.jsonl`; on an object
+store, where nothing can be appended, an object for each shard every SEGMENT_S seconds, `<attempt>.<number>.jsonl`. By
+shard, so that a shard is assembled without reading the others' samples. An attempt takes away only what it wrote
+itself, when the shard is published: another one may be at work on the same shard. A line is a checksum and a JSON
+object; a torn last line is what a kill leaves and is passed over, any other damage is an error.
 """
 
 import base64
 import json
 import os
-import time
-import uuid
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from gftdata.errors import UserError
+from gftdata.store import FolderStore, Store
 from gftdata.types import FinishReason, LogProbs, Sample, TokenIds
 
+JOURNAL = ".work/journal"
+SEGMENT_S = 20.0  # on an object store: at most so many seconds of finished samples are lost by a kill
 MAX_OPEN = 64  # files held open at a time: a teacher's phase goes through all shards of the data set
 
 
@@ -58,64 +63,157 @@ def entry_of(sample: Sample, source: str, row: int, model: str) -> Entry:
     )
 
 
-class Journal:
+class Journal(Protocol):
+    """Where the samples of one attempt go."""
+
+    def append(self, shard: int, entry: Entry) -> None: ...
+
+    def close_shard(self, shard: int) -> None:
+        """Make the shard's entries durable; more may follow."""
+
+    def drop_shard(self, shard: int) -> None:
+        """The shard is published: take away what this attempt wrote of it."""
+
+    def close(self) -> None: ...
+
+
+def open_journal(store: Store, attempt: str) -> Journal:
+    """The journal of an attempt, whose name no other one has."""
+    if isinstance(store, FolderStore):
+        return FileJournal(store.folder / JOURNAL, attempt)
+    return SegmentJournal(store, attempt)
+
+
+class FileJournal:
     """Appends entries; each is with the operating system when `append` returns, so a killed process loses none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, attempt: str) -> None:
         self._folder = folder
-        self._attempt = f"{int(time.time())}-{uuid.uuid4().hex[:8]}"
+        self._attempt = attempt
         self._files: dict[int, int] = {}
 
     def append(self, shard: int, entry: Entry) -> None:
-        payload = json.dumps(_encode(entry), ensure_ascii=True).encode()
-        line = b"%08x %s\n" % (zlib.crc32(payload), payload)
+        line = _line(entry)
         descriptor = self._open(shard)
         while line:  # a write may be cut short by a signal or a full disk
             line = line[os.write(descriptor, line) :]
 
     def close_shard(self, shard: int) -> None:
-        """Make the shard's entries durable; more may follow."""
         if (descriptor := self._files.pop(shard, None)) is not None:
             os.fsync(descriptor)
             os.close(descriptor)
+
+    def drop_shard(self, shard: int) -> None:
+        self._path(shard).unlink(missing_ok=True)
 
     def close(self) -> None:
         for shard in list(self._files):
             self.close_shard(shard)
 
+    def _path(self, shard: int) -> Path:
+        return self._folder / shard_name(shard) / f"{self._attempt}.jsonl"
+
     def _open(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) == MAX_OPEN:
                 self.close_shard(next(iter(self._files)))
-            folder = shard_folder(self._folder, shard)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{self._attempt}.jsonl"
+            path = self._path(shard)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._files[shard] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         return self._files[shard]
 
 
-def shard_folder(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}"
+class SegmentJournal:
+    """Collects entries and stores them every SEGMENT_S seconds, and when a shard or the journal is closed."""
+
+    def __init__(self, store: Store, attempt: str) -> None:
+        self._store = store
+        self._attempt = attempt
+        self._lines: dict[int, list[bytes]] = {}
+        self._written: dict[int, list[str]] = {}
+        self._lock = threading.Lock()  # also while a segment is on its way: what is closed has arrived
+        self._error: UserError | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, daemon=True)
+        self._thread.start()
+
+    def append(self, shard: int, entry: Entry) -> None:
+        line = _line(entry)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._lines.setdefault(shard, []).append(line)
+
+    def close_shard(self, shard: int) -> None:
+        with self._lock:
+            self._write(shard)
+
+    def drop_shard(self, shard: int) -> None:
+        with self._lock:
+            self._lines.pop(shard, None)
+            names = self._written.pop(shard, [])
+        for name in names:
+            self._store.remove(name)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        for shard in list(self._lines):
+            self.close_shard(shard)
+
+    def _keep_writing(self) -> None:
+        while not self._closed.wait(SEGMENT_S):
+            for shard in list(self._lines):
+                with self._lock:
+                    try:
+                        self._write(shard)
+                    except UserError as error:
+                        self._error = error
+                        return
+
+    def _write(self, shard: int) -> None:
+        if not (lines := self._lines.get(shard)):
+            return
+        names = self._written.setdefault(shard, [])
+        name = f"{JOURNAL}/{shard_name(shard)}/{self._attempt}.{len(names):05d}.jsonl"
+        self._store.write(name, b"".join(lines))
+        names.append(name)
+        del self._lines[shard]
 
 
-def read_journal(folder: Path, shard: int) -> dict[tuple[str, int, int], Entry]:
+def shard_name(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def read_journal(store: Store, shard: int) -> dict[tuple[str, int, int], Entry]:
     """All entries of a shard, over all attempts; of a sample that two attempts drew, the first."""
     entries: dict[tuple[str, int, int], Entry] = {}
-    for path in sorted(shard_folder(folder, shard).glob("*.jsonl")):
-        for entry in _read_file(path):
+    folder = f"{JOURNAL}/{shard_name(shard)}"
+    for name in store.names(folder):
+        try:
+            content = store.read(f"{folder}/{name}")
+        except FileNotFoundError:  # its writer has published the shard in the meantime
+            continue
+        for entry in _entries(content, f"{store.location}/{folder}/{name}"):
             entries.setdefault(entry.key, entry)
     return entries
 
 
-def _read_file(path: Path) -> Iterator[Entry]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # torn: the sample it began is drawn again
-            checksum, _, payload = line[:-1].partition(b" ")
-            if checksum != b"%08x" % zlib.crc32(payload):
-                raise UserError(f"{path}: line {number} is damaged; delete this file to draw its samples again")
-            yield _decode(json.loads(payload))
+def _entries(content: bytes, where: str) -> Iterator[Entry]:
+    for number, line in enumerate(BytesIO(content), start=1):
+        if not line.endswith(b"\n"):
+            return  # torn: the sample it began is drawn again
+        checksum, _, payload = line[:-1].partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(payload):
+            if b"\0" in line:  # on a shared file system: what another machine writes, not all of it here yet
+                return
+            raise UserError(f"{where}: line {number} is damaged; delete this file to draw its samples again")
+        yield _decode(json.loads(payload))
+
+
+def _line(entry: Entry) -> bytes:
+    payload = json.dumps(_encode(entry), ensure_ascii=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(payload), payload)
 
 
 def _encode(entry: Entry) -> dict[str, Any]:

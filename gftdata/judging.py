@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from gftdata.config import RewardConfig
 from gftdata.errors import UserError
@@ -174,6 +174,7 @@ def _start_pool(name: str, num_workers: int, timeout_s: float, memory_gb: float)
 
 def _new_pool(name: str, num_workers: int, timeout_s: float, memory_gb: float) -> ProcessPool:
     here = str(Path.cwd())
+    CONSTS.term_timeout = 0.0  # seconds from pebble's SIGTERM, which workers ignore, to its SIGKILL
     return ProcessPool(
         max_workers=num_workers,
         initializer=prepare_worker,
@@ -193,10 +194,10 @@ _in_worker: dict[str, tuple[float, int]] = {}  # reward's name: its time limit, 
 
 def prepare_worker(name: str, directory: str, timeout_s: float, memory_gb: float) -> None:
     """Runs first in each worker, outside any time limit: imports, then limits."""
-    # The kernel's own ending works in the midst of a long C call; pebble's handler would keep every other worker's
-    # results waiting meanwhile.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A cluster that stops a job signals all of its processes, and a judge's death would be a verdict. pebble ends a
+    # worker with SIGKILL at once, see _new_pool, which also works in the midst of a long C call.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if directory not in sys.path:
         sys.path.insert(0, directory)

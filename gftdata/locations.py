@@ -30,7 +30,6 @@ from gftdata.shards import (
     Manifest,
     ShardRecord,
     ShortColumns,
-    fsync_folder,
     make_index,
     parse_manifest,
     read_manifest,
@@ -38,9 +37,9 @@ from gftdata.shards import (
     sha256_file,
     shard_paths,
 )
+from gftdata.store import S3, fsync_folder, open_s3, s3_failed, said_by
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-S3 = re.compile(r"s3://(?P<path>[^/\s]+(?:/\S+)?)")
 CONNECTIONS = 16  # shards whose short columns are read at the same time: remote ones cost waiting, not work
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TRIES = 2  # downloads of a shard that came with the wrong content
@@ -161,7 +160,7 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
             said = "the Hub has no such file: not a finished data set of gft generate"
         else:
             said = (
-                f"the Hub has not given it: {_said(error)}; check the network, then give the same command again (for "
+                f"the Hub has not given it: {said_by(error)}; check the network, then give the same command again (for "
                 f"a machine without one, first where there is one: hf download --repo-type dataset {repo}"
                 f"{f' --revision {revision}' if revision else ''})"
             )
@@ -202,31 +201,15 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
 
 
 def _open_s3(location: str, path: str) -> DataSet:
-    try:
-        from botocore.exceptions import BotoCoreError
-        from s3fs import S3FileSystem
-    except ImportError:
-        raise UserError(f"{location}: needs s3fs; install it with pip install 'gft-toolkit[s3]'") from None
+    files = open_s3(location)
+    from botocore.exceptions import BotoCoreError
 
     failures = (OSError, BotoCoreError)
-    files = S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-
-    def fail(error: Exception, where: str) -> NoReturn:
-        if isinstance(error, FileNotFoundError):
-            said = "no such object: check bucket and path; a data set is finished when its manifest.json is there"
-        elif isinstance(error, PermissionError):
-            said = f"refused: {_said(error)}; check the credentials in the environment (AWS_ACCESS_KEY_ID, ...)"
-        else:
-            said = (
-                f"the object store has not given it: {_said(error)}; check the network, AWS_ENDPOINT_URL and the "
-                "credentials in the environment (AWS_ACCESS_KEY_ID, ...), then give the same command again"
-            )
-        raise UserError(f"{where}: {said}") from None
 
     try:
         manifest = parse_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{location}/{MANIFEST}")
     except failures as error:
-        fail(error, f"{location}/{MANIFEST}")
+        s3_failed(error, f"{location}/{MANIFEST}")
 
     @contextmanager
     def peek(name: str, where: str, record: ShardRecord) -> Iterator[Path | BinaryIO]:
@@ -237,7 +220,7 @@ def _open_s3(location: str, path: str) -> DataSet:
             with files.open(f"{path}/{name}", cache_type="none") as opened:
                 yield opened
         except failures as error:
-            fail(error, where)
+            s3_failed(error, where)
 
     def fetch(name: str, where: str, record: ShardRecord) -> Path:
         def download(target: Path) -> None:
@@ -246,7 +229,7 @@ def _open_s3(location: str, path: str) -> DataSet:
             except failures as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
-                fail(error, where)
+                s3_failed(error, where)
 
         return _into_cache(record, where, download)
 
@@ -323,8 +306,3 @@ def _lock(path: Path) -> Iterator[None]:
 def _fsync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _said(error: Exception) -> str:
-    """A library's error in one line, without what a URL in it may hold: a password, a signature."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"(?<=//)[^/@\s]+@", "", first_line(error))).rstrip(".")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gftdata.config import GenerateConfig
 from gftdata.errors import UserError
-from gftdata.generate import Event, Listener, generate
+from gftdata.events import Event, Listener
+from gftdata.generate import generate
 from gftdata.prepare import Preview
 from gftdata.shards import Summary
 
@@ -47,6 +48,7 @@ def run_pilot(
         prompts = config.prompts.model_copy(update={"limit": min(num_prompts, config.prompts.limit or num_prompts)})
         small = config.model_copy(update={"prompts": prompts, "out": str(Path(folder) / "data")})
         manifest = generate(small, listen)
+        assert manifest is not None
     summary = manifest.summary
     worked = sum(end - start for start, end in spans)
     scale = preview.prompts.prompts / max(1, summary.groups)

@@ -1,18 +1,21 @@
 """What a run of `gft generate` decides once: may it write here, which prompts, in which shards, drawn by whom.
 
-All of it is written to `.work/` when the output is created, so that a run started again only reads it back.
+All of it is written to `.work/` when the output is created, so that a run started again only reads it back. Of tasks
+that begin at the same moment each reads the prompts; the plan of one becomes the output's, and the others take that.
 """
 
 import fcntl
 import json
 import math
 import shutil
+import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -44,16 +47,20 @@ from gftdata.shards import (
     PromptCounts,
     TokenizerRecord,
     check_writable,
+    published,
     read_manifest,
     sha256_file,
-    shard_name,
     toolkit_version,
-    write_atomic,
 )
+from gftdata.store import FolderStore, Store, open_store
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import SELF, Message, Prompt, Sampling, TokenIds
 
 ENDPOINT = "endpoint"  # the revision of a model that only an endpoint knows
+LOCK = "lock"
+QUARANTINE = "quarantine"
+PLAN = f"{WORK}/plan.json"
+PROMPTS = f"{WORK}/prompts"
 SGLANG_MARGIN = 7  # tokens of its context that SGLang does not give to prompt and response
 
 
@@ -95,6 +102,8 @@ class Plan(BaseModel):
     source_sha256: str | None  # of the prompt file, where there is one
     prompts: PromptCounts
     num_shards: int
+    samples: int  # to be drawn
+    prompts_in: str  # folder of `.work/prompts/` that holds them, a file for each shard
     derived: tuple[Derivation, ...]  # the data sets that are reused and extended
 
 
@@ -125,7 +134,7 @@ class Preview:
 
 def preview(config: GenerateConfig) -> Preview:
     """Read and check everything that `generate` would, load no model, write nothing. Raises UserError."""
-    out, tokenizer = Path(config.out), preflight(config)
+    tokenizer = preflight(config)
     survey = Survey(config, tokenizer)
     wanted = {phase.source: phase.count for phase in phases(config)}
     num_prompts = carried = 0
@@ -139,7 +148,7 @@ def preview(config: GenerateConfig) -> Preview:
     return Preview(
         prompts=survey.counts(),
         num_shards=num_shards,
-        shards_published=sum((out / DATA / shard_name(i, num_shards)).is_file() for i in range(num_shards)),
+        shards_published=len(published(open_store(config.out), num_shards)),
         prompt_tokens=survey.prompt_tokens,
         given_tokens=survey.given_tokens,
         sampled_responses=sampled,
@@ -156,10 +165,10 @@ def preflight(config: GenerateConfig) -> Tokenizer:
     for phase in phases(config):
         check_engine(phase.engine)
     tokenizer = load_tokenizer(config.model)
-    out = Path(config.out)
-    if config.extend is not None and not (out / MANIFEST).is_file():
+    store = open_store(config.out)
+    if config.extend is not None and not store.exists(MANIFEST):
         check_extension(config, tokenizer_record(tokenizer), model_records(config))
-    check_output(config, out, tokenizer)
+    check_output(config, store, tokenizer)
     return tokenizer
 
 
@@ -178,15 +187,17 @@ def phases(config: GenerateConfig) -> list[Phase]:
     return [*teachers, Phase(SELF, config.model, responses.own.count, limit(responses.own.sampling), config.engine)]
 
 
-def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> None:
+def check_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) -> None:
     """Refuse an output that cannot be written, that holds something else, or a data set of another recipe."""
-    check_writable(out)
-    if not out.is_dir() or not any(out.iterdir()):
+    out = store.location
+    if isinstance(store, FolderStore):
+        check_writable(store.folder)
+    there = store.top()
+    if not there:
         return
-    plan = read_plan(out)
+    plan = read_plan(store)
     if plan is None:
-        only_work = {path.name for path in out.iterdir()} == {WORK}
-        if not only_work:
+        if there != {WORK}:
             raise UserError(f"{out}: not empty and not a data set of gft generate; name another folder (out)")
         return
     if differing := recipe_differences(plan.recipe, config.recipe()):
@@ -205,7 +216,7 @@ def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Non
             f"{out}: was begun with another tokenizer, chat template or end token of {config.model}; restore them, or "
             "name another folder (out)"
         )
-    goes_on = config.extend if not (out / MANIFEST).is_file() else None
+    goes_on = config.extend if not store.exists(MANIFEST) else None
     if goes_on is not None and read_extended(goes_on).sha256 != plan.derived[-1].sources[0]:
         raise UserError(
             f"{out}: was begun to extend another content of {goes_on}; restore that, or name another folder (out)"
@@ -218,15 +229,20 @@ def check_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Non
         )
 
 
-def read_plan(out: Path) -> Plan | None:
+def read_plan(store: Store) -> Plan | None:
     """The plan of an output that was created before."""
-    path = out / WORK / "plan.json"
-    if not path.is_file():
-        return None
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate_json(store.read(PLAN))
+    except FileNotFoundError:
+        return None
     except ValidationError:
-        raise UserError(f"{out}: was begun by another version of gft; name another folder (out)") from None
+        raise UserError(f"{store.location}: was begun by another version of gft; name another folder (out)") from None
+
+
+def quarantined(store: Store) -> set[str]:
+    """Prompts that the engine gave up; each has a file that says why."""
+    names = store.names(f"{WORK}/{QUARANTINE}")
+    return {name.removesuffix(".json") for name in names}
 
 
 def source_sha256(config: GenerateConfig) -> str | None:
@@ -245,6 +261,39 @@ def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
 
 
 @contextmanager
+def writing(store: Store, *, alone: bool) -> Iterator[None]:
+    """Hold an output: for this process, or as one of several tasks. Raises UserError where that cannot be.
+
+    It keeps people from starting the same thing twice; that the data set is right does not rest on it. In an object
+    store nothing can be held.
+    """
+    if isinstance(store, FolderStore):
+        with sole_writer(store.folder) if alone else _one_of_several(store.folder):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _one_of_several(out: Path) -> Iterator[None]:
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with (out / WORK / LOCK).open("w") as lock:
+        _hold(
+            lock, fcntl.LOCK_SH, f"{out}: a gft command that is not a task (--task i/n) is writing to it; wait for it"
+        )
+        yield
+
+
+def _hold(lock: IO[str], how: int, otherwise: str) -> None:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(otherwise) from None
+    except OSError:
+        return  # a file system without locks
+
+
+@contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
     """Hold an output for this process. Raises UserError where another one has it.
 
@@ -252,11 +301,8 @@ def sole_writer(out: Path) -> Iterator[None]:
     """
     created = [folder for folder in (out / WORK, out, *out.parents) if not folder.exists()]  # innermost first
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another gft command is writing to it; wait, or name another folder") from None
+    with (out / WORK / LOCK).open("w") as lock:
+        _hold(lock, fcntl.LOCK_EX, f"{out}: another gft command is writing to it; wait, or name another folder")
         try:
             yield
         except BaseException:
@@ -269,14 +315,21 @@ def sole_writer(out: Path) -> Iterator[None]:
             raise
 
 
-def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Plan:
-    """Fix the prompts and their shards. The plan is written last: an output without one is created anew."""
-    folder = out / WORK / "prompts"
+def create_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) -> Plan:
+    """Fix the prompts and their shards. The plan is written last: an output without one is created anew.
+
+    Raises UserError, besides what reading prompts raises, where another task with other settings was first.
+    """
+    folder = uuid.uuid4().hex[:8]
     survey = Survey(config, tokenizer)
-    num_shards = 0
+    drawn = {phase.source: phase.count for phase in phases(config)}
+    num_shards = samples = 0
     with closing(survey.prompts()) as prompts:
         while batch := list(islice(prompts, config.shards.groups_per_shard)):
-            write_atomic(folder / f"{num_shards:05d}.jsonl", "".join(f"{_to_line(item)}\n" for item in batch))
+            lines = "".join(f"{_to_line(item)}\n" for item in batch)
+            store.write(f"{PROMPTS}/{folder}/{num_shards:05d}.jsonl", lines.encode())
+            carried = sum(k < drawn.get(source, 0) for source, _, k in carried_keys(config, batch))
+            samples += len(batch) * sum(drawn.values()) - carried
             num_shards += 1
     plan = Plan(
         recipe=config.recipe(),
@@ -285,9 +338,22 @@ def create_output(config: GenerateConfig, out: Path, tokenizer: Tokenizer) -> Pl
         source_sha256=source_sha256(config),
         prompts=survey.counts(),
         num_shards=num_shards,
+        samples=samples,
+        prompts_in=folder,
         derived=_derivations(config, survey),
     )
-    write_atomic(out / WORK / "plan.json", plan.model_dump_json(indent=2))
+    content = plan.model_dump_json(indent=2).encode()
+    if not store.create(PLAN, content):
+        store.remove(f"{PROMPTS}/{folder}")
+        check_output(config, store, tokenizer)
+        first = read_plan(store)
+        assert first is not None
+        return first
+    if not isinstance(store, FolderStore) and store.create(PLAN, content):
+        raise UserError(
+            f"{store.location}: this object store writes over what is there though told not to (If-None-Match of a "
+            "PUT), so that two tasks could spoil a shard; generate into a folder and copy it there"
+        )
     return plan
 
 
@@ -457,14 +523,15 @@ class Survey:
         )
 
 
-def shard_prompts(out: Path, shard: int) -> list[ShardPrompt]:
+def shard_prompts(store: Store, plan: Plan, shard: int) -> list[ShardPrompt]:
     """The prompts of a shard, as they were when the output was created."""
-    with (out / WORK / "prompts" / f"{shard:05d}.jsonl").open(encoding="utf-8") as lines:
-        return [_from_line(line) for line in lines]
+    content = store.read(f"{PROMPTS}/{plan.prompts_in}/{shard:05d}.jsonl")
+    return [_from_line(line.decode()) for line in BytesIO(content)]
 
 
-def rows_of_shard(config: GenerateConfig, plan: Plan, shard: int) -> int:
-    size = config.shards.groups_per_shard
+def rows_of_shard(plan: Plan, shard: int) -> int:
+    """Prompts of a shard."""
+    size = int(plan.recipe["shards"]["groups_per_shard"])
     return min(size, plan.prompts.prompts - shard * size)
 
 

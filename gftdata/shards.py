@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gftdata.errors import UserError
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
+from gftdata.store import FolderStore, Store
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 MAX_ROW_GROUP_BYTES = 100 * 2**20
@@ -167,81 +168,57 @@ def check_writable(folder: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    FolderStore(path.parent).write(path.name, text.encode())
 
 
-def publish_shard(out: Path, shard: int, num_shards: int, table: pa.Table, row_group_size: int, dtype: str) -> None:
+def publish_shard(store: Store, shard: int, num_shards: int, table: pa.Table, row_group_size: int, dtype: str) -> None:
     """Stage a shard, make it durable and publish it in one step; if another worker was first, its copy stays."""
-    target = out / DATA / shard_name(shard, num_shards)
-    staged = out / WORK / "staged" / f"{target.name}.{uuid.uuid4().hex}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged.parent.mkdir(parents=True, exist_ok=True)
+    name = shard_name(shard, num_shards)
     by_size = max(1, int(MAX_ROW_GROUP_BYTES / max(1, table.nbytes / max(1, table.num_rows))))
-    with staged.open("wb") as file:
-        pq.write_table(table, file, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
-        file.flush()
-        os.fsync(file.fileno())
-    _publish(staged, target)
-    fsync_folder(target.parent)
+    with store.staging() as folder:
+        staged = folder / f"{name}.{uuid.uuid4().hex}"
+        pq.write_table(table, staged, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
+        store.publish(staged, f"{DATA}/{name}")
 
 
-def _publish(staged: Path, target: Path) -> None:
-    try:
-        os.link(staged, target)
-    except FileExistsError:
-        pass
-    except OSError:
-        # no hard links here. Between this look and the renaming another worker may publish; its copy, complete and
-        # with the same prompts, is then replaced by this one, which is why records are made from the file
-        if not target.exists():
-            staged.rename(target)
-    staged.unlink(missing_ok=True)
+def published(store: Store, num_shards: int) -> list[int]:
+    """The shards that are there."""
+    names = set(store.names(DATA))
+    return [shard for shard in range(num_shards) if shard_name(shard, num_shards) in names]
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def shard_record(out: Path, shard: int, num_shards: int) -> ShardRecord | None:
+def shard_record(store: Store, shard: int, num_shards: int) -> ShardRecord | None:
     """The commit record of a published shard, written from the file if its worker died before; None if unpublished."""
     name = shard_name(shard, num_shards)
-    path = out / DATA / name
-    if not path.is_file():
+    if not store.exists(f"{DATA}/{name}"):
         return None
-    record_path = out / WORK / "records" / f"{name}.json"
-    if record_path.is_file():
-        return ShardRecord.model_validate_json(record_path.read_bytes())
-    with pq.ParquetFile(path) as file:
-        num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
-        rows = file.metadata.num_rows
-    record = ShardRecord(
-        name=name,
-        sha256=sha256_file(path),
-        rows=rows,
-        response_tokens=int(num_tokens.sum()),
-        bytes=path.stat().st_size,
-    )
-    write_atomic(record_path, record.model_dump_json(indent=2))
+    record_name = f"{WORK}/records/{name}.json"
+    if store.exists(record_name):
+        return ShardRecord.model_validate_json(store.read(record_name))
+    with store.local(f"{DATA}/{name}") as path:
+        with pq.ParquetFile(path) as file:
+            num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
+            rows = file.metadata.num_rows
+        record = ShardRecord(
+            name=name,
+            sha256=sha256_file(path),
+            rows=rows,
+            response_tokens=int(num_tokens.sum()),
+            bytes=path.stat().st_size,
+        )
+    store.write(record_name, record.model_dump_json(indent=2).encode())
     return record
 
 
-def all_records(out: Path, num_shards: int) -> tuple[ShardRecord, ...]:
+def all_records(store: Store, num_shards: int) -> tuple[ShardRecord, ...]:
     """The commit records of all shards, in order. Raises UserError where a shard is not there yet."""
-    records = [shard_record(out, shard, num_shards) for shard in range(num_shards)]
+    records = [shard_record(store, shard, num_shards) for shard in range(num_shards)]
     missing = [shard_name(i, num_shards) for i, record in enumerate(records) if record is None]
     if missing:
-        raise UserError(f"{out}: {len(missing)} shards are not there yet, the first is {missing[0]}")
+        raise UserError(
+            f"{store.location}: {len(missing)} of {num_shards} shards are not there yet, the first is {missing[0]}; "
+            "give the command that makes them again (`gft status` shows who is at work)"
+        )
     return tuple(record for record in records if record is not None)
 
 
@@ -259,9 +236,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(out: Path, manifest: Manifest) -> None:
+def write_manifest(store: Store, manifest: Manifest) -> None:
     """Mark the data set final."""
-    write_atomic(out / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    store.write(MANIFEST, text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

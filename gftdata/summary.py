@@ -4,7 +4,7 @@ Of the long columns only the texts are read, to find responses that repeat one a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class _Tally:
     groups_all_identical: int = 0
 
 
-def summarise(paths: Sequence[Path]) -> Summary:
+def summarise(paths: Iterable[Path]) -> Summary:
     """Count groups, responses, verdicts, lengths and repetitions over the given shards."""
     tallies: dict[str, _Tally] = {}  # in the order in which the sources come
     num_groups = without_signal = judged_groups = 0
@@ -61,7 +61,7 @@ def summarise(paths: Sequence[Path]) -> Summary:
     )
 
 
-def _batches(paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+def _batches(paths: Iterable[Path]) -> Iterator[pa.RecordBatch]:
     for path in paths:
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_COLUMNS)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gftdata.errors import UserError, first_line
-from gftdata.shards import fsync_folder
+from gftdata.store import fsync_folder
 from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
 FOLDER, SHARDS, STATE, EXTRA = "checkpoints", "shards", "state.json", "extra."

@@ -44,6 +44,7 @@ def run(console: Console, out: Path) -> None:
     settings = load_config(GenerateConfig, sample / "generate.yaml", values=paths)
     with progress.generation(console, settings) as listener:
         manifest = generate(settings, listener)
+    assert manifest is not None
     show.manifest(console, str(data), manifest)
 
     title(console, "2. One group: rewards are standardised within it (Group Advantage Learning)")

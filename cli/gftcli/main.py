@@ -33,6 +33,7 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 Out = Annotated[str | None, typer.Option("--out", help="Overrides `out` of the config.")]
 Model = Annotated[str | None, typer.Option("--model", help="Overrides `model` of the config.")]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="As `out` of the config: a folder or s3://...")]
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder of a finished data set; it is only read.")]
 New = Annotated[Path, typer.Option("--out", metavar="NEW", help="Folder of the new data set.")]
 GroupsPerShard = Annotated[
@@ -53,10 +54,15 @@ def generate(
             "--pilot", metavar="N", min=1, help="With --dry-run: N prompts for real, and what all would take."
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="I/N", help="Task I of N, from 0; default: as the cluster says."),
+    ] = None,
 ) -> None:
     """Turn prompts into response groups with rewards and reference log-probs, as Parquet shards.
 
-    Stopped at any moment, the same command continues.
+    Stopped at any moment, the same command continues. SIGTERM and SIGUSR1 end it with exit code 75. Of several tasks,
+    whichever finishes last marks the data set final.
     """
     from gftcli import progress, show
     from gftdata.config import GenerateConfig, load_config
@@ -66,22 +72,63 @@ def generate(
     from gftdata import generate as generation
     from gftdata.pilot import run_pilot
     from gftdata.prepare import preview
+    from gftdata.tasks import find_task, stop_on_signals
 
-    console = show.open_console()
+    console, which = show.open_console(), find_task(task)
     if pilot is not None and not dry_run:
         raise UserError("--pilot goes with --dry-run: it measures and keeps nothing")
     if dry_run:
         planned = preview(settings)
-        show.generation_plan(console, settings, planned)
+        show.generation_plan(console, settings, planned, which)
         if pilot is not None:
             console.print(f"\nRunning {min(pilot, planned.prompts.prompts)} prompts for real\n", highlight=False)
             with progress.generation(console, settings) as listener:
                 measured = run_pilot(settings, planned, pilot, listener)
             show.pilot(console, measured)
         return
-    with progress.generation(console, settings) as listener:
-        manifest = generation.generate(settings, listener)
+    if not which.alone:
+        console.print(f"{which} ({which.named_by})", highlight=False)
+    with stop_on_signals(), progress.generation(console, settings) as listener:
+        manifest = generation.generate(settings, listener, which)
+    if manifest is None:
+        console.print(
+            f"{which} is done; other tasks' shards are missing still. The last one marks the data set final; "
+            f"`gft status {settings.out}` shows how far they are",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
     show.manifest(console, settings.out, manifest)
+
+
+@app.command()
+def finalize(out: Output) -> None:
+    """Check that every prompt is there, and mark the data set final. The last task of a job does it by itself."""
+    from gftcli import show
+    from gftdata import generate as generation
+    from gftdata.store import open_store
+
+    manifest = generation.finalize(open_store(out))
+    show.manifest(show.open_console(), out, manifest)
+
+
+@app.command()
+def status(
+    out: Output, as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False
+) -> None:
+    """How far a running, dead or finished `gft generate` is: read from its output alone."""
+    import json
+    from dataclasses import asdict
+
+    from gftcli import show
+    from gftdata.status import read_status
+    from gftdata.store import open_store
+
+    found = read_status(open_store(out))
+    if as_json:
+        print(json.dumps(asdict(found) | {"shards_missing": found.shards_missing}, default=lambda x: x.model_dump()))
+    else:
+        show.status(show.open_console(), out, found)
 
 
 @app.command()
@@ -385,6 +432,8 @@ def main() -> None:
 
 def _run() -> int:
     """The command's exit code."""
+    from gftdata.tasks import Stopped
+
     try:
         app()
     except SystemExit as end:
@@ -395,6 +444,9 @@ def _run() -> int:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}; given again, the same command continues", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("\nstopped; given again, the command continues where that saves anything", file=sys.stderr)
         return 130

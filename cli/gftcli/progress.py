@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
-    from gftdata.generate import Event as GenerateEvent
+    from gftdata.events import Event as GenerateEvent
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import Event as EvalEvent
     from gfttrain.train import Event as TrainEvent

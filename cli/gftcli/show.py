@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gftdata.tasks import owned
 from gftdata.types import EXPERT
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
     from gftdata.shards import Manifest, PromptCounts, SourceSummary
+    from gftdata.status import Status
+    from gftdata.tasks import Task
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import EvalResult
     from gfttrain.forecast import Forecast
@@ -60,7 +63,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def generation_plan(console: Console, config: "GenerateConfig", preview: "Preview") -> None:
+def generation_plan(console: Console, config: "GenerateConfig", preview: "Preview", task: "Task") -> None:
     """What `gft generate` would do."""
     counts, responses = preview.prompts, config.responses
     extension = {}
@@ -88,11 +91,66 @@ def generation_plan(console: Console, config: "GenerateConfig", preview: "Previe
             "starting model": config.model,
             "reward": config.reward.name,
             "engine": config.engine.name,
-            "shards": f"{preview.num_shards}, {preview.shards_published} of them published already",
+            "shards": f"{preview.num_shards}, {preview.shards_published} of them published already"
+            + ("" if task.alone else f"; {len(owned(task, range(preview.num_shards)))} are for {task}"),
             "output": f"{config.out} (nothing was written)",
             **extension,
         },
     )
+
+
+def status(console: Console, out: str, found: "Status") -> None:
+    """How far an output is, and what its tasks are doing."""
+    if found.final:
+        told = "finished"
+    elif found.shards_done == found.shards:
+        told = f"every shard is there; `gft finalize {out}` marks it final"
+    elif found.shards_running:
+        left = "unknown yet" if found.seconds_left is None else f"about {duration(found.seconds_left)}"
+        told = f"running; time left: {left}"
+    else:
+        told = "nobody is at work; the command that makes it, given again, continues"
+    running = "" if found.final else f", {found.shards_running:,} in work, {found.shards_missing:,} missing"
+    left_out = f"; {found.prompts_quarantined:,} given up by the engine" if found.prompts_quarantined else ""
+    rate = f"; {found.samples_per_s:,.1f} samples/s, {found.tokens_per_s:,.0f} tokens/s" if found.shards_running else ""
+    facts(
+        console,
+        {
+            "output": out,
+            "state": told,
+            "shards": f"{found.shards_done:,} of {found.shards:,} done{running}",
+            "prompts": f"{found.prompts_done:,} of {found.prompts:,} in them{left_out}",
+            "samples": f"{found.samples_drawn:,} of {found.samples:,} drawn{rate}",
+        },
+    )
+    if not found.latest:
+        return
+    console.print()
+    rows = table("task", "state", "last sign", "shards left", "samples", "tokens/s", "now at", "where")
+    for one in found.latest:
+        attempt = one.attempt
+        rows.add_row(
+            f"{attempt.task}/{attempt.tasks}",
+            one.state,
+            f"{duration(one.seconds_since)} ago",
+            f"{one.shards_left:,}",
+            f"{attempt.samples:,}",
+            f"{attempt.tokens_per_s:,.0f}" if one.state == "running" else "-",
+            attempt.phase or "-",
+            " ".join(part for part in (attempt.host, attempt.job and f"job {attempt.job}") if part),
+        )
+    console.print(rows)
+    for one in found.latest:
+        if one.state in ("failed", "stopped"):
+            line = f"{one.attempt.task}/{one.attempt.tasks} {one.state}: {one.attempt.reason}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        elif one.state == "silent":
+            line = (
+                f"{one.attempt.task}/{one.attempt.tasks} has given no sign for {duration(one.seconds_since)}: killed?"
+            )
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if found.earlier:
+        console.print(f"{found.earlier:,} earlier attempts of these tasks", highlight=False)
 
 
 def pilot(console: Console, measured: "Pilot") -> None:

@@ -20,7 +20,8 @@ from gftdata import regroup
 from gftdata.config import GenerateConfig, HfConfig, RewardConfig, validate_config
 from gftdata.derive import Job, RejudgeConfig, RescoreConfig, derive, plan_rejudge, plan_rescore
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate
+from gftdata.events import Event
+from gftdata.generate import generate
 from gftdata.regroup import plan_filter, plan_merge, plan_split, position
 from gftdata.rewards import judge
 from gftdata.schema import groups_to_table, table_to_groups
@@ -40,6 +41,7 @@ from gftdata.shards import (
     verify,
     write_manifest,
 )
+from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.types import Completion, Group, LogProbs, Message, Prompt, Response, ScoreRequest, Unscored, Verdict
 
@@ -85,10 +87,12 @@ def build(out: Path, groups: Sequence[Group], sizes: Sequence[int] = (), **chang
     dtype = changes.pop("logprob_dtype", "float32")
     start = 0
     for shard, size in enumerate(sizes):
-        publish_shard(out, shard, len(sizes), groups_to_table(groups[start : start + size], dtype), 4, dtype)
+        publish_shard(
+            FolderStore(out), shard, len(sizes), groups_to_table(groups[start : start + size], dtype), 4, dtype
+        )
         start += size
     counted = dict.fromkeys(PromptCounts.model_fields, 1) | {"prompts": len(groups)}
-    records = all_records(out, len(sizes))
+    records = all_records(FolderStore(out), len(sizes))
     fields: dict[str, Any] = {
         "format": "gft-groups",
         "schema_version": 1,
@@ -104,7 +108,7 @@ def build(out: Path, groups: Sequence[Group], sizes: Sequence[int] = (), **chang
         "summary": summarise([out / DATA / record.name for record in records]),
         "shards": records,
     }
-    write_manifest(out, Manifest(**fields | changes))
+    write_manifest(FolderStore(out), Manifest(**fields | changes))
     shutil.rmtree(out / WORK)
     assert verify(out) == []
     return out
@@ -423,7 +427,7 @@ def as_if_of(data: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     manifest = read_manifest(data)
     record = tokenizer_record(load_tokenizer(str(model)))
-    write_manifest(data, manifest.model_copy(update={"tokenizer": record}))
+    write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
     monkeypatch.setattr(deriving, "open_engine", lambda *_: Picky())
 
 

@@ -14,8 +14,9 @@ import pytest
 from gftdata import generate as generation
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
+from gftdata.events import Event
 from gftdata.extend import number_samples
-from gftdata.generate import Event, generate
+from gftdata.generate import generate
 from gftdata.groups import sample_seed
 from gftdata.pilot import run_pilot
 from gftdata.prepare import preview

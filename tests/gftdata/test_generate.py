@@ -18,12 +18,15 @@ import pytest
 
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate
+from gftdata.events import Event
+from gftdata.generate import generate
 from gftdata.groups import sample_seed
 from gftdata.journal import read_journal
 from gftdata.prepare import preview
 from gftdata.schema import table_to_groups
 from gftdata.shards import MANIFEST, WORK, Manifest, read_manifest, shard_paths, verify
+from gftdata.status import TASKS
+from gftdata.store import FolderStore
 from gftdata.tokens import encode_response, load_tokenizer
 from gftdata.types import Group, Response
 
@@ -131,7 +134,9 @@ def assert_same_data(a: Path, b: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+    """Every file and folder, but for the signs of life of the attempts."""
+    paths = (p for p in sorted(folder.rglob("*")) if p.parent != folder / TASKS)
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
 def refusal(one_line: OneLine, config: GenerateConfig) -> str:
@@ -154,7 +159,7 @@ def test_every_prompt_is_there_once_in_the_order_of_the_source(finished: Path) -
     manifest = read_manifest(finished)
     assert [record.rows for record in manifest.shards] == [6, 6, 6, 3]
     assert (manifest.prompts.rows_read, manifest.prompts.prompts) == (NUM_PROMPTS, NUM_PROMPTS)
-    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["engine", "lock", "plan.json", "records"]
+    assert sorted(p.name for p in (finished / WORK).iterdir()) == ["engines", "lock", "plan.json", "records", "tasks"]
 
 
 def test_groups_hold_what_the_config_asks_for_in_its_order(finished: Path, demo: Path) -> None:
@@ -450,7 +455,7 @@ def test_killed_at_random_times_and_continued_it_ends_the_same(
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
         if not (out / MANIFEST).exists():
-            journaled = sum(len(read_journal(out / WORK / "journal", shard)) for shard in range(4))
+            journaled = sum(len(read_journal(FolderStore(out), shard)) for shard in range(4))
             progress.append((len(list((out / "data").glob("*"))), journaled))
     print("shards and journaled samples at each kill:", progress)
     assert progress, "at least one kill came before the end"

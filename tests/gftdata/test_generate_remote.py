@@ -16,7 +16,8 @@ from tenacity import wait_random_exponential
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.engines import remote, server
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate
+from gftdata.events import Event
+from gftdata.generate import generate
 from gftdata.schema import table_to_groups
 from gftdata.shards import read_manifest, shard_paths, verify
 from gftdata.tokens import encode_response, load_tokenizer

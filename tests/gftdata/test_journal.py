@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gftdata import journal as journals
 from gftdata.errors import UserError
-from gftdata.journal import Entry, Journal, entry_of, read_journal, shard_folder
+from gftdata.journal import JOURNAL, Entry, Journal, entry_of, open_journal
+from gftdata.store import FolderStore
+from gftdata.tasks import new_attempt
 from gftdata.types import Sample, SampleRequest, Seed
 
 
@@ -29,6 +32,18 @@ def entry(row: int = 0, index: int = 0, source: str = "self", text: str = "7") -
     )
 
 
+def attempt(folder: Path) -> Journal:
+    return open_journal(FolderStore(folder), new_attempt())
+
+
+def read_journal(folder: Path, shard: int) -> dict[tuple[str, int, int], Entry]:
+    return journals.read_journal(FolderStore(folder), shard)
+
+
+def shard_folder(folder: Path, shard: int) -> Path:
+    return folder / JOURNAL / f"{shard:05d}"
+
+
 def same(a: Entry, b: Entry) -> bool:
     return (
         a.response_ids.tobytes() == b.response_ids.tobytes()
@@ -40,7 +55,7 @@ def same(a: Entry, b: Entry) -> bool:
 
 def write(folder: Path, entries: list[Entry], shard: int = 0) -> Path:
     before = set(shard_folder(folder, shard).glob("*"))
-    with closing(Journal(folder)) as journal:
+    with closing(attempt(folder)) as journal:
         for one in entries:
             journal.append(shard, one)
     (path,) = set(shard_folder(folder, shard).glob("*")) - before
@@ -60,7 +75,7 @@ def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_shards_are_kept_apart(tmp_path: Path) -> None:
-    with closing(Journal(tmp_path)) as journal:
+    with closing(attempt(tmp_path)) as journal:
         for shard in (0, 3, 0):
             journal.append(shard, entry(row=shard, index=len(read_journal(tmp_path, shard))))
         journal.close_shard(0)
@@ -70,7 +85,7 @@ def test_shards_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_an_entry_is_there_as_soon_as_append_returns(tmp_path: Path) -> None:
-    with closing(Journal(tmp_path)) as journal:
+    with closing(attempt(tmp_path)) as journal:
         for k in range(5):
             journal.append(0, entry(index=k))
             assert len(read_journal(tmp_path, 0)) == k + 1
@@ -125,10 +140,10 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path: Path) -> None:
     if not descriptors.is_dir():
         pytest.skip("needs /proc")
     before = len(list(descriptors.iterdir()))
-    with closing(Journal(tmp_path)) as journal:
-        for attempt in range(2):
+    with closing(attempt(tmp_path)) as journal:
+        for k in range(2):
             for shard in range(300):
-                journal.append(shard, entry(index=attempt))
+                journal.append(shard, entry(index=k))
         assert len(list(descriptors.iterdir())) - before < 100
     assert len(list(descriptors.iterdir())) <= before
     assert all(len(read_journal(tmp_path, shard)) == 2 for shard in range(300))

@@ -17,7 +17,8 @@ import pytest
 from gftdata.config import GenerateConfig, SglangConfig, validate_config
 from gftdata.engines import sglang
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate
+from gftdata.events import Event
+from gftdata.generate import generate
 from gftdata.shards import verify
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Seed, Unscored

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from gftdata.shards import (
     write_atomic,
     write_manifest,
 )
+from gftdata.store import FolderStore
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
 
 OneLine = Callable[[BaseException], str]
@@ -64,12 +66,12 @@ def publish(out: Path, row_group_size: int = 3) -> list[list[Group]]:
     numbers = itertools.count()
     groups = [[group(next(numbers)) for _ in range(size)] for size in SIZES]
     for shard, members in enumerate(groups):
-        publish_shard(out, shard, len(SIZES), groups_to_table(members), row_group_size, "float32")
+        publish_shard(FolderStore(out), shard, len(SIZES), groups_to_table(members), row_group_size, "float32")
     return groups
 
 
 def manifest_of(out: Path, prompts: int | None = None) -> Manifest:
-    records = [shard_record(out, shard, len(SIZES)) for shard in range(len(SIZES))]
+    records = [shard_record(FolderStore(out), shard, len(SIZES)) for shard in range(len(SIZES))]
     count = sum(SIZES) if prompts is None else prompts
     return Manifest.model_validate(
         {
@@ -111,7 +113,7 @@ def manifest_of(out: Path, prompts: int | None = None) -> Manifest:
 def finished(tmp_path: Path) -> Path:
     out = tmp_path / "set"
     publish(out)
-    write_manifest(out, manifest_of(out))
+    write_manifest(FolderStore(out), manifest_of(out))
     return out
 
 
@@ -127,8 +129,8 @@ def republish(out: Path, shard: int, members: list[Group] | pa.Table) -> None:
     path.unlink()
     (out / WORK / "records" / f"{path.name}.json").unlink()
     table = members if isinstance(members, pa.Table) else groups_to_table(members)
-    publish_shard(out, shard, len(SIZES), table, 3, "float32")
-    record = shard_record(out, shard, len(SIZES))
+    publish_shard(FolderStore(out), shard, len(SIZES), table, 3, "float32")
+    record = shard_record(FolderStore(out), shard, len(SIZES))
     assert record is not None
     edit_manifest(out, lambda data: data["shards"].__setitem__(shard, record.model_dump()))
 
@@ -144,10 +146,10 @@ def test_a_published_shard_is_whole_and_nothing_is_left_of_its_staging(tmp_path:
 
 
 def test_the_second_publisher_loses(tmp_path: Path) -> None:
-    publish_shard(tmp_path, 0, 1, groups_to_table([group(1)]), 3, "float32")
+    publish_shard(FolderStore(tmp_path), 0, 1, groups_to_table([group(1)]), 3, "float32")
     path = tmp_path / DATA / shard_name(0, 1)
     first, inode = path.read_bytes(), path.stat().st_ino
-    publish_shard(tmp_path, 0, 1, groups_to_table([group(2)]), 3, "float32")
+    publish_shard(FolderStore(tmp_path), 0, 1, groups_to_table([group(2)]), 3, "float32")
     assert (path.read_bytes(), path.stat().st_ino) == (first, inode)
     assert list((tmp_path / WORK / "staged").iterdir()) == []
 
@@ -158,7 +160,7 @@ def test_of_publishers_at_the_same_time_one_wins_whole(tmp_path: Path) -> None:
 
     def run(table: pa.Table) -> None:
         barrier.wait()
-        publish_shard(tmp_path, 0, 1, table, 3, "float32")
+        publish_shard(FolderStore(tmp_path), 0, 1, table, 3, "float32")
 
     threads = [threading.Thread(target=run, args=(table,)) for table in tables]
     for thread in threads:
@@ -171,21 +173,21 @@ def test_of_publishers_at_the_same_time_one_wins_whole(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_cannot_be_written_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(table: pa.Table, file: Any, **options: Any) -> None:
-        file.write(b"half of it")
+    def fail(table: pa.Table, file: Path, **options: Any) -> None:
+        file.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(shards.pq, "write_table", fail)
     with pytest.raises(OSError, match="disk full"):
-        publish_shard(tmp_path, 0, 1, groups_to_table([group(1)]), 3, "float32")
-    assert list((tmp_path / DATA).iterdir()) == []
+        publish_shard(FolderStore(tmp_path), 0, 1, groups_to_table([group(1)]), 3, "float32")
+    assert not (tmp_path / DATA).exists()
 
 
 def test_row_groups_are_bounded_in_rows_and_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = groups_to_table([group(n) for n in range(20)])
 
     def sizes(shard: int, row_group_size: int) -> list[int]:
-        publish_shard(tmp_path, shard, 9, table, row_group_size, "float32")
+        publish_shard(FolderStore(tmp_path), shard, 9, table, row_group_size, "float32")
         with pq.ParquetFile(tmp_path / DATA / shard_name(shard, 9)) as file:
             return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
 
@@ -197,11 +199,11 @@ def test_row_groups_are_bounded_in_rows_and_in_bytes(tmp_path: Path, monkeypatch
 
 
 def test_a_record_is_made_from_the_file_and_made_again_when_lost(tmp_path: Path) -> None:
-    assert shard_record(tmp_path, 0, 5) is None
+    assert shard_record(FolderStore(tmp_path), 0, 5) is None
     groups = publish(tmp_path)
     for shard, members in enumerate(groups):
         path = tmp_path / DATA / shard_name(shard, 5)
-        record = shard_record(tmp_path, shard, 5)
+        record = shard_record(FolderStore(tmp_path), shard, 5)
         assert record is not None
         assert record.model_dump() == {
             "name": path.name,
@@ -212,7 +214,7 @@ def test_a_record_is_made_from_the_file_and_made_again_when_lost(tmp_path: Path)
         }
         stored = tmp_path / WORK / "records" / f"{path.name}.json"
         stored.unlink()
-        assert shard_record(tmp_path, shard, 5) == record
+        assert shard_record(FolderStore(tmp_path), shard, 5) == record
         assert stored.is_file()
 
 
@@ -224,7 +226,7 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(shards.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, "new")
     assert path.read_text(encoding="utf-8") == "é"

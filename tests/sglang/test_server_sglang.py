@@ -18,7 +18,8 @@ from gftdata.config import GenerateConfig, OpenaiConfig, ServerConfig, validate_
 from gftdata.engines.endpoint import open_endpoint
 from gftdata.engines.server import ServerEngine, open_engine
 from gftdata.errors import UserError
-from gftdata.generate import Event, generate
+from gftdata.events import Event
+from gftdata.generate import generate
 from gftdata.shards import verify
 from gftdata.tokens import encode_prompt, load_tokenizer
 from gftdata.types import Message, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Seed, Unscored

@@ -66,7 +66,7 @@ class Slurm:
 class Job:
     """A job, or a task of a job array, as Slurm describes it."""
 
-    id: str  # of its own
+    id: str  # of an array's task JOB_TASK: the number alone may be that of the whole array
     task: int | None  # in its array
     state: str
     exit_code: int
@@ -213,7 +213,7 @@ def jobs(cluster: Slurm, job: str) -> list[Job]:
         task = facts.get("ArrayTaskId", "")
         found.append(
             Job(
-                facts["JobId"],
+                f"{facts['ArrayJobId']}_{task}" if task.isdigit() else facts["JobId"],
                 int(task) if task.isdigit() else None,
                 facts["JobState"],
                 int(facts["ExitCode"].partition(":")[0]),

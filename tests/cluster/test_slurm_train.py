@@ -84,9 +84,11 @@ def test_before_the_time_limit_the_run_saves_and_queues_itself_again(
     # it lets continue first.
     limit = ("--time=2", "--signal=USR1@60")
     job = slurm.submit(cluster, *TWO_NODES, *limit, str(SLURM / "train.sbatch"), config, MASTER_ADDR="localhost")
+    after = slurm.submit(cluster, f"--dependency=afterok:{job}", f"--wrap=test -d {out}/final")
     halted(cluster, out, job, step=2)
     (ended,) = slurm.wait_for(cluster, job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), slurm.printed(cluster, job)
+    assert [each.state for each in slurm.wait_for(cluster, after)] == ["COMPLETED"]  # it did not start too early
     assert steps(out) == list(range(1, STEPS + 1))
     assert_close(out / "final", weights)
 

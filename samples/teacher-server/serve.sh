@@ -13,8 +13,8 @@ ready=${config%.yaml}.ready.yaml
 
 teacher=$(sbatch --parsable "${teacher_job[@]}" "$here/teacher.sbatch" "$model" "$config" "$ready")
 # A minute after the server's job has started the config is there; gft waits for the server itself.
-generate=$(sbatch --parsable --dependency="after:${teacher%%;*}+1" --kill-on-invalid-dep=yes "${generate_job[@]}" \
-    "$here/../slurm/generate.sbatch" "$ready" "$@")
+generate=$(sbatch --parsable --dependency="after:${teacher%%;*}${TEACHER_WAIT-+1}" --kill-on-invalid-dep=yes \
+    "${generate_job[@]}" "$here/../slurm/generate.sbatch" "$ready" "$@")
 sbatch --parsable --dependency="afterany:${generate%%;*}" --job-name=gft-teacher-ends --output=/dev/null \
     --wrap "scancel ${teacher%%;*}" > /dev/null
 echo "teacher ${teacher%%;*}, generate ${generate%%;*}"

@@ -1,6 +1,7 @@
 """Response groups by job arrays on a real Slurm: lost tasks and nodes, pre-emption, copies; the chain to an eval."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import slurm
+import yaml
 
 from gftdata.shards import MANIFEST, read_manifest, shard_paths, verify
 
@@ -111,6 +113,33 @@ def test_tasks_of_one_step(cluster: slurm.Slurm, config: str, tmp_path: Path) ->
 
 def path(cluster: slurm.Slurm) -> str:
     return f"{cluster.environment['VENV']}/bin:{cluster.environment['PATH']}"
+
+
+def test_a_teachers_server_is_there_while_the_groups_are_made(
+    cluster: slurm.Slurm, config: str, tmp_path: Path, write_yaml: Write
+) -> None:
+    """samples/teacher-server, with something that waits in place of SGLang: its jobs, and the URL in the config."""
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho "serving $*"; exec sleep 600\n')
+    server.chmod(0o755)
+    settings = yaml.safe_load(Path(config).read_text())
+    settings["prompts"] |= {"limit": 8, "data_source": "TEACHER_URL"}
+    config = write_yaml("generate", settings)
+    options = {
+        "TEACHER_JOB": f"--nodes=2 --cpus-per-task=1 --gpus-per-node=1 --output={cluster.folder}/job-teacher.txt",
+        "GENERATE_JOB": f"--array=0-0 --cpus-per-task=1 --output={cluster.folder}/job-%A-%a.txt --gpus-per-task=1",
+        "TEACHER_WAIT": "",
+        "SGLANG_PYTHON": str(server),
+    }
+    serve = str(SAMPLES / "teacher-server" / "serve.sh")
+    said = slurm.command(cluster, serve, "some/model", config, **options)
+    teacher, generate = re.findall(r"\d+", said)
+    assert [each.state for each in slurm.wait_for(cluster, generate)] == ["COMPLETED"], slurm.printed(cluster, generate)
+    assert [each.state for each in slurm.wait_for(cluster, teacher, 60)] == ["CANCELLED"]
+    assert_whole(tmp_path / "data", 8)
+    assert read_manifest(tmp_path / "data").recipe["prompts"]["data_source"] == "http://n1:30000"
+    served = [line for line in slurm.printed(cluster, "teacher").splitlines() if "serving" in line]
+    assert sorted(line.split()[-1] for line in served) == ["0", "1"]  # --node-rank
 
 
 def test_the_chain_ends_in_a_trained_model_and_its_evaluation(

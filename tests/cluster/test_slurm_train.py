@@ -122,6 +122,20 @@ def test_a_requeue_by_the_administrator(
     assert_close(out / "final", weights)
 
 
+def test_a_cancelled_run_saves_and_stays_cancelled(
+    cluster: slurm.Slurm, data: Path, tmp_path: Path, write_yaml: Write
+) -> None:
+    out = tmp_path / "run"
+    config = write_yaml("train", settings(data, out, checkpoint={"every_steps": 1000}))
+    job = slurm.submit(cluster, *TWO_NODES, str(SLURM / "train.sbatch"), config, MASTER_ADDR="localhost")
+    halted(cluster, out, job, step=2)
+    slurm.signal_steps(cluster, job, "CONT")
+    slurm.command(cluster, "scancel", job)
+    (ended,) = slurm.wait_for(cluster, job)
+    assert (ended.state, ended.restarts) == ("CANCELLED", 0)
+    assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
 def test_names_that_do_not_resolve_are_said(
     cluster: slurm.Slurm, data: Path, tmp_path: Path, write_yaml: Write
 ) -> None:

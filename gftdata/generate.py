@@ -29,7 +29,6 @@ from gftdata.judging import Submit, open_judges
 from gftdata.models import shareable, shown_name
 from gftdata.prepare import (
     PROMPTS,
-    QUARANTINE,
     Phase,
     Plan,
     ShardPrompt,
@@ -47,6 +46,7 @@ from gftdata.shards import (
     DATA,
     FORMAT,
     MANIFEST,
+    QUARANTINE,
     WORK,
     Manifest,
     ShardRecord,
@@ -86,6 +86,15 @@ MAX_REFUSALS = 32  # one after the other, without an answer between: not the pro
 MAX_IDLE_PASSES = 3  # over the same unfinished shards, none of which could be finished
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is made, where, and of which prompts."""
+
+    config: GenerateConfig
+    store: Store
+    plan: Plan
+
+
 def generate(config: GenerateConfig, on_event: Listener = lambda event: None, task: Task = Task()) -> Manifest | None:
     """Run or continue the generation of a data set, or one task's share of it.
 
@@ -100,7 +109,7 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None, ta
     with writing(store, alone=task.alone), reporting(store, attempt, task, on_event) as listener:
         plan = read_plan(store) or create_output(config, store, tokenizer)
         with closing(open_journal(store, attempt)) as journal:
-            _make_shards(config, store, plan, task, tokenizer, journal, listener)
+            _make_shards(Run(config, store, plan), task, tokenizer, journal, listener)
         if len(published(store, plan.num_shards)) < plan.num_shards:
             return None
         return finalize(store, plan)
@@ -115,9 +124,7 @@ def read_final(store: Store) -> Manifest | None:
 
 
 def _make_shards(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     task: Task,
     tokenizer: Tokenizer,
     journal: Journal,
@@ -128,55 +135,51 @@ def _make_shards(
     One pass does it, unless another copy of this task has taken its samples away with a shard that this one cannot see
     yet: on a shared file system that may take a minute. Then they are drawn again.
     """
-    mine = owned(task, range(plan.num_shards))
-    *teachers, own = phases(config)
-    total, unfinished = sum(rows_of_shard(plan, shard) for shard in mine), _unfinished(store, plan, mine)
-    remaining = sum(rows_of_shard(plan, shard) for shard in unfinished)
+    mine = owned(task, range(run.plan.num_shards))
+    *teachers, own = phases(run.config)
+    total, unfinished = sum(rows_of_shard(run.plan, shard) for shard in mine), _unfinished(run, mine)
+    remaining = sum(rows_of_shard(run.plan, shard) for shard in unfinished)
     on_event(Event("groups", count=total, done=total - remaining))
     idle = 0
     while unfinished:
         for phase in teachers:
-            draw_teacher(config, store, plan, unfinished, phase, journal, on_event)
-        finish_shards(config, store, plan, unfinished, own, tokenizer, journal, on_event)
-        before, unfinished = unfinished, _unfinished(store, plan, mine)
+            draw_teacher(run, unfinished, phase, journal, on_event)
+        finish_shards(run, unfinished, own, tokenizer, journal, on_event)
+        before, unfinished = unfinished, _unfinished(run, mine)
         idle = idle + 1 if unfinished == before else 0
         if idle == MAX_IDLE_PASSES:
             raise UserError(
-                f"{store.location}: {len(unfinished)} shards were drawn {idle} times and are not there, the first is "
-                f"{shard_name(unfinished[0], plan.num_shards)}: is something taking away what is in {JOURNAL}?"
+                f"{run.store.location}: {len(unfinished)} shards were drawn {idle} times and are not there, the first "
+                f"is {shard_name(unfinished[0], run.plan.num_shards)}: is something taking away what is in {JOURNAL}?"
             )
 
 
-def _unfinished(store: Store, plan: Plan, shards: Sequence[int]) -> list[int]:
-    there = set(published(store, plan.num_shards))
+def _unfinished(run: Run, shards: Sequence[int]) -> list[int]:
+    there = set(published(run.store, run.plan.num_shards))
     return [shard for shard in shards if shard not in there]
 
 
 def draw_teacher(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     shards: Sequence[int],
     phase: Phase,
     journal: Journal,
     on_event: Listener,
 ) -> None:
     """One teacher's phase over all shards: its model is up only meanwhile."""
-    missing = count_missing(config, store, plan, shards, phase)
+    missing = count_missing(run, shards, phase)
     if not missing.total():
         return
     tokenizer = None if phase.takes_text else load_tokenizer(phase.model)
     with closing(open_sampler(phase, tokenizer)) as sampler:
         on_event(Event("phase", phase.source, missing.total()))
-        begun = has_begun(store, plan, shards, phase, missing)
-        for _ in draw(config, store, plan, shards, phase, sampler, tokenizer, journal, on_event, begun=begun):
+        begun = has_begun(run, shards, phase, missing)
+        for _ in draw(run, shards, phase, sampler, tokenizer, journal, on_event, begun=begun):
             pass
 
 
 def finish_shards(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     shards: Sequence[int],
     own: Phase,
     tokenizer: Tokenizer,
@@ -187,22 +190,22 @@ def finish_shards(
 
     A shard is finished as soon as its last sample is there; beside the sampling where the engine can do both at once.
     """
-    missing = count_missing(config, store, plan, shards, own)
+    missing = count_missing(run, shards, own)
     # left in reverse: judges first (an error kills them), then the engine (whose closing answers whoever waits for it),
     # so that the thread in the background, joined last, has nothing left to wait for
     with (
         _background_thread() as background,
-        closing(open_engine(config.model, config.engine, tokenizer)) as engine,
-        open_judges(config.reward) as submit,
+        closing(open_engine(run.config.model, run.config.engine, tokenizer)) as engine,
+        open_judges(run.config.reward) as submit,
         _imports_out_of_the_way(),
     ):
-        store.write(f"{ENGINES}/{hashlib.sha256(engine.version.encode()).hexdigest()[:8]}", engine.version.encode())
+        run.store.write(f"{ENGINES}/{hashlib.sha256(engine.version.encode()).hexdigest()[:8]}", engine.version.encode())
         on_event(Event("phase", own.source, missing.total()))
         running: deque[Future[None]] = deque()
 
         def finish(shard: int) -> None:
             journal.close_shard(shard)
-            work = (config, store, plan, shard, tokenizer, submit, engine, journal, on_event)
+            work = (run, shard, tokenizer, submit, engine, journal, on_event)
             if not engine.concurrent:
                 finish_shard(*work)
                 return
@@ -213,8 +216,8 @@ def finish_shards(
         incomplete = [shard for shard in shards if missing[shard]]
         for shard in sorted(set(shards) - set(incomplete)):
             finish(shard)
-        begun = has_begun(store, plan, shards, own, missing)
-        for shard in draw(config, store, plan, incomplete, own, engine, tokenizer, journal, on_event, begun=begun):
+        begun = has_begun(run, shards, own, missing)
+        for shard in draw(run, incomplete, own, engine, tokenizer, journal, on_event, begun=begun):
             missing[shard] -= 1
             if not missing[shard]:
                 finish(shard)
@@ -242,9 +245,7 @@ def _background_thread() -> Iterator[ThreadPoolExecutor]:
 
 
 def finish_shard(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     shard: int,
     tokenizer: Tokenizer,
     submit: Submit,
@@ -253,13 +254,13 @@ def finish_shard(
     on_event: Listener,
 ) -> None:
     """Judge, score and publish one shard whose samples are all there, unless another copy of this task has done it."""
-    layout, name = config.shards, f"{DATA}/{shard_name(shard, plan.num_shards)}"
-    rows = None if store.exists(name) else assemble(config, store, plan, shard, tokenizer)
+    layout, name = run.config.shards, f"{DATA}/{shard_name(shard, run.plan.num_shards)}"
+    rows = None if run.store.exists(name) else assemble(run, shard, tokenizer)
     if rows is not None:
-        groups = judge_and_score(store, rows, submit, scorer, on_event)
+        groups = judge_and_score(run.store, rows, submit, scorer, on_event)
         table = groups_to_table(groups, layout.logprob_dtype)
-        publish_shard(store, shard, plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
-    if (record := shard_record(store, shard, plan.num_shards)) is not None:
+        publish_shard(run.store, shard, run.plan.num_shards, table, layout.row_group_size, layout.logprob_dtype)
+    if (record := shard_record(run.store, shard, run.plan.num_shards)) is not None:
         journal.drop_shard(shard)
         on_event(Event("shard", count=record.rows))
 
@@ -269,34 +270,30 @@ def _written_by(plan: Plan, phase: Phase) -> str:
     return f"{shown_name(record.name)}@{record.revision[:12]}"
 
 
-def count_missing(
-    config: GenerateConfig, store: Store, plan: Plan, shards: Sequence[int], phase: Phase
-) -> Counter[int]:
+def count_missing(run: Run, shards: Sequence[int], phase: Phase) -> Counter[int]:
     """Shard -> samples of a phase that are still to be drawn."""
-    simple = not quarantined(store) and config.extend is None  # the usual case needs no look at the prompts
+    simple = not quarantined(run.store) and run.config.extend is None  # the usual case needs no look at the prompts
     missing: Counter[int] = Counter()
     for shard in shards:
         if simple:
-            done = sum(source == phase.source for source, *_ in read_journal(store, shard))
-            missing[shard] = rows_of_shard(plan, shard) * phase.count - done
+            done = sum(source == phase.source for source, *_ in read_journal(run.store, shard))
+            missing[shard] = rows_of_shard(run.plan, shard) * phase.count - done
         else:
-            missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(config, store, plan, shard, phase))
+            missing[shard] = sum(len(wanted) for _, _, wanted in _wanted(run, shard, phase))
     return missing
 
 
-def has_begun(store: Store, plan: Plan, shards: Sequence[int], phase: Phase, missing: Counter[int]) -> bool:
+def has_begun(run: Run, shards: Sequence[int], phase: Phase, missing: Counter[int]) -> bool:
     """Whether some samples of a phase are there already, so that its engine and settings have been seen to work."""
-    everything = sum(rows_of_shard(plan, shard) for shard in shards) * phase.count
-    refused = len(quarantined(store)) * phase.count
-    return missing.total() < everything - refused or any(store.names(DATA))
+    everything = sum(rows_of_shard(run.plan, shard) for shard in shards) * phase.count
+    refused = len(quarantined(run.store)) * phase.count
+    return missing.total() < everything - refused or any(run.store.names(DATA))
 
 
-def _wanted(
-    config: GenerateConfig, store: Store, plan: Plan, shard: int, phase: Phase
-) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
+def _wanted(run: Run, shard: int, phase: Phase) -> Iterator[tuple[int, ShardPrompt, list[int]]]:
     """(row, prompt, the k that a phase still has to draw for it), for each prompt that was not given up."""
-    refused, items = quarantined(store), shard_prompts(store, plan, shard)
-    done = read_journal(store, shard).keys() | carried_keys(config, items)
+    refused, items = quarantined(run.store), shard_prompts(run.store, run.plan, shard)
+    done = read_journal(run.store, shard).keys() | carried_keys(run.config, items)
     for row, item in enumerate(items):
         if item.prompt.prompt_id not in refused:
             yield row, item, [k for k in range(phase.count) if (phase.source, row, k) not in done]
@@ -318,16 +315,14 @@ class Placed:
 
 
 def phase_requests(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     shards: Sequence[int],
     phase: Phase,
     tokenizer: Tokenizer | None,
 ) -> Iterator[Placed]:
     """The requests of a phase that no journal answers yet, a group's one after the other."""
     for shard in shards:
-        for row, item, wanted in _wanted(config, store, plan, shard, phase):
+        for row, item, wanted in _wanted(run, shard, phase):
             if not wanted:
                 continue
             prompt_id, messages = item.prompt.prompt_id, phase.messages(item.prompt)
@@ -336,14 +331,12 @@ def phase_requests(
             else:
                 prompt_ids = NO_IDS if tokenizer is None else encode_prompt(tokenizer, messages)
             for k in wanted:
-                seed = grouping.sample_seed(config.seed, prompt_id, phase.source, k)
+                seed = grouping.sample_seed(run.config.seed, prompt_id, phase.source, k)
                 yield Placed(shard, row, SampleRequest(prompt_id, k, messages, prompt_ids, seed))
 
 
 def draw(
-    config: GenerateConfig,
-    store: Store,
-    plan: Plan,
+    run: Run,
     shards: Sequence[int],
     phase: Phase,
     sampler: "Sampler",
@@ -361,11 +354,11 @@ def draw(
     """
     refused: list[tuple[Refusal, int]] = []  # not yet believed, with their shards
     answered = begun
-    written_by = _written_by(plan, phase)
+    written_by = _written_by(run.plan, phase)
     places: dict[tuple[str, int], tuple[int, int]] = {}
 
     def requests() -> Iterator[SampleRequest]:
-        for item in phase_requests(config, store, plan, shards, phase, tokenizer):
+        for item in phase_requests(run, shards, phase, tokenizer):
             places[item.request.prompt_id, item.request.index] = item.shard, item.row
             yield item.request
 
@@ -380,12 +373,12 @@ def draw(
         journal.append(shard, entry)
         answered = True
         on_event(Event("sample", phase.source, tokens=answer.num_tokens))
-        yield from _believe(store, phase.source, refused, on_event)
+        yield from _believe(run.store, phase.source, refused, on_event)
         yield shard
     if refused and (not answered or len(refused) >= MAX_REFUSALS):
         reason = refused[-1][0].reason
         raise UserError(f"{len(refused)} requests for {phase.source} were refused with no answer between: {reason}")
-    yield from _believe(store, phase.source, refused, on_event)
+    yield from _believe(run.store, phase.source, refused, on_event)
 
 
 def _believe(store: Store, source: str, refused: list[tuple[Refusal, int]], on_event: Listener) -> Iterator[int]:
@@ -400,32 +393,32 @@ def _believe(store: Store, source: str, refused: list[tuple[Refusal, int]], on_e
 Row = tuple[ShardPrompt, list[Completion | Response]]  # a response needs no judging and scoring any more
 
 
-def assemble(config: GenerateConfig, store: Store, plan: Plan, shard: int, tokenizer: Tokenizer) -> list[Row] | None:
+def assemble(run: Run, shard: int, tokenizer: Tokenizer) -> list[Row] | None:
     """A shard's prompts with all their completions: given ones, then teachers, then self, each in order.
 
     What the extended data set has of them comes as it is there, judged and scored. None where samples are missing that
     had been there: another copy of this task has taken them away, because it has published the shard.
     """
-    entries = read_journal(store, shard)
-    refused, items = quarantined(store), shard_prompts(store, plan, shard)
-    carried = carried_responses(config, items)
-    left_out = carried_keys(config, items) - carried.keys()  # by the extended data set
+    entries = read_journal(run.store, shard)
+    refused, items = quarantined(run.store), shard_prompts(run.store, run.plan, shard)
+    carried = carried_responses(run.config, items)
+    left_out = carried_keys(run.config, items) - carried.keys()  # by the extended data set
     rows: list[Row] = []
     for row, item in enumerate(items):
         if item.prompt.prompt_id in refused:
             continue
-        keys = [(phase.source, row, k) for phase in phases(config) for k in range(phase.count)]
+        keys = [(phase.source, row, k) for phase in phases(run.config) for k in range(phase.count)]
         keys = [key for key in keys if key not in left_out]
         if any(key not in entries and key not in carried for key in keys):
             return None
         drawn = [
-            carried.get(key) or grouping.drawn_completion(config.responses, entries[key], tokenizer) for key in keys
+            carried.get(key) or grouping.drawn_completion(run.config.responses, entries[key], tokenizer) for key in keys
         ]
         given = [
             _already(carried, row, completion)
-            for completion in grouping.given_completions(config.responses, item.prompt, tokenizer)
+            for completion in grouping.given_completions(run.config.responses, item.prompt, tokenizer)
         ]
-        rows.append((item, grouping.ordered(config.responses, [*given, *(c for c in drawn if c is not None)])))
+        rows.append((item, grouping.ordered(run.config.responses, [*given, *(c for c in drawn if c is not None)])))
     return rows
 
 

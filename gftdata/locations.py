@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError, first_line, quoted
 from gftdata.shards import (
     DATA,
     MANIFEST,
@@ -30,14 +30,17 @@ from gftdata.shards import (
     Manifest,
     ShardRecord,
     ShortColumns,
+    count_problems,
     make_index,
     parse_manifest,
     read_manifest,
     read_short_columns,
     sha256_file,
     shard_paths,
+    shard_problems,
+    verify,
 )
-from gftdata.store import S3, fsync_folder, open_s3, s3_failed, said_by
+from gftdata.store import S3, fsync_folder, open_s3, open_store, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 CONNECTIONS = 16  # shards whose short columns are read at the same time: remote ones cost waiting, not work
@@ -78,6 +81,31 @@ def open_data(location: str) -> DataSet:
     if match := S3.fullmatch(location.rstrip("/")):
         return _open_s3(match[0], match["path"])
     raise UserError(f"{location}: expected a folder, hf://datasets/<owner>/<name>[@revision] or s3://<bucket>/<path>")
+
+
+def verify_data(location: str) -> list[str]:
+    """Everything that is wrong with a finished data set, wherever it is. Raises UserError.
+
+    Shards of an object store are fetched anew: what our cache holds says nothing of them.
+    """
+    if not is_remote(location):
+        return verify(Path(location))
+    data, seen = open_data(location), dict[str, str]()
+    problems: list[str] = []
+    store = open_store(location) if S3.fullmatch(location.rstrip("/")) else None
+    for shard in data.shards:
+        name = f"{DATA}/{shard.record.name}"
+        try:
+            with store.local(name) if store else nullcontext(shard.fetch()) as path:
+                if difference := _differs(path, shard.record):
+                    problems.append(f"{shard.where}: {difference}")
+                else:
+                    problems += shard_problems(path, shard.record, seen, shard.where)
+        except FileNotFoundError:
+            problems.append(f"{shard.where}: missing")
+        except UserError as error:
+            problems.append(str(error))
+    return [*problems, *count_problems(data.manifest, location)]
 
 
 def read_index(shards: Sequence[Shard]) -> Index:
@@ -160,7 +188,7 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
             said = "the Hub has no such file: not a finished data set of gft generate"
         else:
             said = (
-                f"the Hub has not given it: {said_by(error)}; check the network, then give the same command again (for "
+                f"the Hub has not given it: {quoted(error)}; check the network, then give the same command again (for "
                 f"a machine without one, first where there is one: hf download --repo-type dataset {repo}"
                 f"{f' --revision {revision}' if revision else ''})"
             )

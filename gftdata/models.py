@@ -35,7 +35,7 @@ def model_revision(model: str) -> str:
 def shown_name(model: str) -> str:
     """A model's name for records that leave the machine: a Hub id as it is, of a folder only its last part or two."""
     path = Path(model)
-    if not path.is_dir():
+    if not path.is_dir() and not path.is_absolute():
         return model
     return path.name if path.name not in GENERIC_NAMES else f"{path.parent.name}/{path.name}"
 

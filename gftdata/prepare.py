@@ -40,6 +40,7 @@ from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import (
     DATA,
     MANIFEST,
+    QUARANTINE,
     RECORD,
     WORK,
     Derivation,
@@ -58,7 +59,6 @@ from gftdata.types import SELF, Message, Prompt, Sampling, TokenIds
 
 ENDPOINT = "endpoint"  # the revision of a model that only an endpoint knows
 LOCK = "lock"
-QUARANTINE = "quarantine"
 PLAN = f"{WORK}/plan.json"
 PROMPTS = f"{WORK}/prompts"
 SGLANG_MARGIN = 7  # tokens of its context that SGLang does not give to prompt and response

@@ -6,15 +6,16 @@ Rows are streamed; what is wrong with one is said with its file, row number and 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gftdata.config import PromptsConfig
 from gftdata.errors import UserError, first_line
 from gftdata.quality import Occurrences
 from gftdata.reuse import reused_prompts
+from gftdata.store import open_store
 from gftdata.types import EXPERT, GivenText, Message, Prompt
 
 Row = Mapping[str, Any]
@@ -89,28 +90,44 @@ def _open_prompts(config: PromptsConfig, given: Mapping[str, tuple[str, int]]) -
 
 def _open_rows(config: PromptsConfig) -> tuple[str, Iterator[Row]]:
     if config.path is not None:
-        return str(Path(config.path)), file_rows(Path(config.path), "prompts.path")
+        return config.path, file_rows(config.path, "prompts.path")
     if config.dataset is not None:
         return config.dataset, hub_rows(config.dataset, config.subset, config.split, "prompts.dataset")
     assert config.reasoning_gym is not None
     return f"reasoning_gym:{config.reasoning_gym.task}", _reasoning_gym_rows(config)
 
 
-def file_rows(path: Path, key: str) -> Iterator[Row]:
-    """The rows of a JSONL or Parquet file; `key` is the setting that names it.
+def file_rows(name: str, key: str) -> Iterator[Row]:
+    """The rows of a JSONL or Parquet file, which may be at s3://; `key` is the setting that names it.
 
     Raises UserError for a missing file and another kind of file, and while reading for a damaged one.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such prompt file ({key})")
-    if path.suffix in (".jsonl", ".json", ".ndjson"):
-        return _jsonl_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise UserError(f"{path}: expected a .jsonl or .parquet file ({key})")
+    suffix = PurePosixPath(name).suffix
+    if suffix in (".jsonl", ".json", ".ndjson"):
+        read = _jsonl_rows
+    elif suffix == ".parquet":
+        read = _parquet_rows
+    else:
+        read = None
+    if "://" in name and read is not None:
+        return _fetched(name, key, read)
+    if not Path(name).is_file():
+        raise UserError(f"{name}: no such prompt file ({key})")
+    if read is None:
+        raise UserError(f"{name}: expected a .jsonl or .parquet file ({key})")
+    return read(Path(name), name)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _fetched(name: str, key: str, read: Callable[[Path, str], Iterator[Row]]) -> Iterator[Row]:
+    folder, _, file = name.rpartition("/")
+    try:
+        with open_store(folder).local(file) as local:
+            yield from read(local, name)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such prompt file ({key})") from None
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -118,13 +135,13 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}: line {number}: not valid JSON: {error}") from None
+                raise UserError(f"{name}: line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number}: expected a JSON object, found {type(row).__name__}")
+                raise UserError(f"{name}: line {number}: expected a JSON object, found {type(row).__name__}")
             yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file, or a damaged one: {first_line(error)}") from None
+        raise UserError(f"{name}: not a Parquet file, or a damaged one: {first_line(error)}") from None
 
 
 def hub_rows(dataset: str, subset: str | None, split: str, key: str) -> Iterator[Row]:
@@ -184,11 +201,20 @@ def _to_prompt(
         source_id=None if source_id is None else str(source_id),
         messages=messages,
         ground_truth=_scalar_text(truth, truth_column, where),
-        data_source=config.data_source or (Path(origin).name if Path(origin).exists() else origin),
+        data_source=_data_source(config, row, where, origin),
         given=tuple(texts),
         extra=extra_json,
         question=question,
     )
+
+
+def _data_source(config: PromptsConfig, row: Row, where: str, origin: str) -> str:
+    if (column := config.columns.data_source) is None:
+        return config.data_source or (Path(origin).name if Path(origin).exists() else origin)
+    name = cell(row, column, where, "prompts.columns.data_source")
+    if not isinstance(name, str):
+        raise UserError(f"{where}: column `{column}`: expected the name of a data set, found {name!r}")
+    return name
 
 
 def _messages(config: PromptsConfig, row: Row, where: str) -> tuple[tuple[Message, ...], str]:

@@ -207,7 +207,7 @@ def read_eval_texts(config: EvalSetConfig) -> Iterator[str]:
     from gftdata.prompts import cell, file_rows, hub_rows  # which counts digests with this module
 
     if config.path is not None:
-        where, rows = config.path, file_rows(Path(config.path), "decontaminate.path")
+        where, rows = config.path, file_rows(config.path, "decontaminate.path")
     else:
         assert config.dataset is not None
         where = config.dataset

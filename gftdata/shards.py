@@ -16,22 +16,29 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gftdata.errors import UserError
+from gftdata.errors import UserError, first_line
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
 from gftdata.store import FolderStore, Store
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
+QUARANTINE = "quarantine"  # of prompts: QUARANTINE.jsonl in a finished data set, a folder of .work/ before
 MAX_ROW_GROUP_BYTES = 100 * 2**20
-RECORD = ConfigDict(frozen=True, extra="forbid")
+BOMB = 10  # times MAX_ROW_GROUP_BYTES: a row group that unpacks to more is not unpacked
+MAX_MANIFEST_BYTES = 64 * 2**20  # of 200,000 shards; what comes from elsewhere may be anything
+RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PACKAGES = ("gft-toolkit", "torch", "transformers", "datasets", "pyarrow", "math-verify", "reasoning-gym")
 
 
@@ -42,9 +49,9 @@ class ShardRecord(BaseModel):
 
     name: str
     sha256: str
-    rows: int
-    response_tokens: int
-    bytes: int
+    rows: Count
+    response_tokens: Count
+    bytes: Count
 
 
 class ModelRecord(BaseModel):
@@ -73,15 +80,15 @@ class PromptCounts(BaseModel):
 
     model_config = RECORD
 
-    rows_read: int
-    prompts: int
-    prompts_too_long: int | None
-    duplicates: int | None  # rows whose messages and ground truth came before
-    near_duplicates: int | None  # other rows with almost the words of an earlier one; also None: not looked for
-    duplicates_removed: int | None  # of both kinds, left out
-    contaminated: int | None  # left out: they share 8 words in a row with a text of an evaluation set
-    given_missing: int | None  # fewer given texts than the recipe asks for
-    given_left_out: int | None  # given texts over responses.max_tokens, or with nothing but thinking
+    rows_read: Count
+    prompts: Count
+    prompts_too_long: Count | None
+    duplicates: Count | None  # rows whose messages and ground truth came before
+    near_duplicates: Count | None  # other rows with almost the words of an earlier one; also None: not looked for
+    duplicates_removed: Count | None  # of both kinds, left out
+    contaminated: Count | None  # left out: they share 8 words in a row with a text of an evaluation set
+    given_missing: Count | None  # fewer given texts than the recipe asks for
+    given_left_out: Count | None  # given texts over responses.max_tokens, or with nothing but thinking
 
 
 class SourceSummary(BaseModel):
@@ -90,18 +97,18 @@ class SourceSummary(BaseModel):
     model_config = RECORD
 
     source: str
-    responses: int
-    judged: int
+    responses: Count
+    judged: Count
     mean_reward: float | None  # over judged responses
-    pass_rate: float | None  # share of judged responses with reward 1
-    finish_reasons: dict[str, int]  # those that occur -> responses
-    mean_tokens: float
-    median_tokens: int  # exact: the shortest length that at least half of the responses do not exceed
-    p95_tokens: int  # and 95 %
-    max_tokens: int
-    truncated: int  # cut by the length limit
-    identical: int  # word for word an earlier response of this source in the same group
-    groups_all_identical: int  # groups with at least 2 responses of this source, all of them the same
+    pass_rate: Share | None  # share of judged responses with reward 1
+    finish_reasons: dict[str, Count]  # those that occur -> responses
+    mean_tokens: Amount
+    median_tokens: Count  # exact: the shortest length that at least half of the responses do not exceed
+    p95_tokens: Count  # and 95 %
+    max_tokens: Count
+    truncated: Count  # cut by the length limit
+    identical: Count  # word for word an earlier response of this source in the same group
+    groups_all_identical: Count  # groups with at least 2 responses of this source, all of them the same
     mean_ref_logprob: float  # nats per token
 
 
@@ -110,11 +117,11 @@ class Summary(BaseModel):
 
     model_config = RECORD
 
-    groups: int
-    responses: int
-    response_tokens: int
-    groups_without_signal: int  # all judged rewards equal
-    groups_unjudged: int  # no response could be judged
+    groups: Count
+    responses: Count
+    response_tokens: Count
+    groups_without_signal: Count  # all judged rewards equal
+    groups_unjudged: Count  # no response could be judged
     sources: tuple[SourceSummary, ...]
 
 
@@ -143,14 +150,15 @@ class Manifest(BaseModel):
     engine: str
     packages: dict[str, str]
     prompts: PromptCounts
-    prompts_quarantined: int  # given up by the engine; quarantine.jsonl says why
-    teacher_samples_left_out: int | None  # drawn, but empty or over responses.max_tokens in this vocabulary
+    prompts_quarantined: Count  # given up by the engine; quarantine.jsonl says why
+    teacher_samples_left_out: Count | None  # drawn, but empty or over responses.max_tokens in this vocabulary
     summary: Summary
     shards: tuple[ShardRecord, ...]
     derived: tuple[Derivation, ...] = ()  # oldest first; of a merge: its inputs', then itself
 
 
 FORMAT = "gft-groups"
+SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.parquet")  # what a file in data/ may be called
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -261,32 +269,51 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """The manifest that these bytes are; `where` is for errors. Raises UserError."""
+    """The manifest that these bytes are, from wherever they come; `where` is for errors. Raises UserError."""
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise UserError(f"{where}: not a manifest: {len(content):,} bytes, expected at most {MAX_MANIFEST_BYTES:,}")
     try:
         data = json.loads(content)
         if data.get("format") != FORMAT or data.get("schema_version") != SCHEMA_VERSION:
+            found = (str(data.get(key))[:40] for key in ("format", "schema_version"))
             raise UserError(
-                f"{where}: expected format {FORMAT} version {SCHEMA_VERSION}, "
-                f"found {data.get('format')} version {data.get('schema_version')}"
+                f"{where}: expected format {FORMAT} version {SCHEMA_VERSION}, found {' version '.join(found)}"
             )
-        manifest = Manifest.model_validate(data)
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise UserError(f"{where}: not a manifest: {str(error).splitlines()[0]}") from None
+        manifest = Manifest.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: not a manifest: {_first_mistake(error)}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: not a manifest: {first_line(error)[:200]}") from None
+    seen: set[str] = set()
     for record in manifest.shards:
-        if Path(record.name).name != record.name or not record.name.endswith(".parquet"):
-            raise UserError(f"{where}: names a shard outside its data folder: {record.name!r}")
+        if Path(record.name).name != record.name or not SHARD.fullmatch(record.name):
+            raise UserError(f"{where}: names a shard outside its data folder: {record.name[:80]!r}")
+        if record.name in seen:
+            raise UserError(f"{where}: names the shard {record.name} twice")
         if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
             raise UserError(f"{where}: not a sha256, of {record.name}: {record.sha256[:80]!r}")
+        seen.add(record.name)
     return manifest
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    found = "" if isinstance(first["input"], dict | list) else f", found {str(first['input'])[:40]!r}"
+    return f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'][:120]}{found}"
 
 
 def shard_paths(folder: Path, manifest: Manifest) -> list[Path]:
     return [folder / DATA / record.name for record in manifest.shards]
 
 
-def verify(folder: Path, *, progress: Callable[[str], None] = lambda name: None) -> list[str]:
-    """Everything that is wrong with a finished data set: files, checksums, schema, rows. Empty when it is whole."""
-    manifest = read_manifest(folder)
+def verify(
+    folder: Path, *, manifest: Manifest | None = None, progress: Callable[[str], None] = lambda name: None
+) -> list[str]:
+    """Everything that is wrong with a finished data set: files, checksums, schema, rows. Empty when it is whole.
+
+    `manifest` is for one whose manifest.json is not there yet.
+    """
+    manifest = read_manifest(folder) if manifest is None else manifest
     problems: list[str] = []
     seen: dict[str, str] = {}
     for record in manifest.shards:
@@ -297,31 +324,39 @@ def verify(folder: Path, *, progress: Callable[[str], None] = lambda name: None)
         elif (found := sha256_file(path)) != record.sha256:
             problems.append(f"{path}: sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…")
         else:
-            problems += _verify_shard(path, record, seen)
+            problems += shard_problems(path, record, seen, str(path))
     listed = {record.name for record in manifest.shards}
     problems += [f"{p}: not in the manifest" for p in sorted((folder / DATA).glob("*")) if p.name not in listed]
+    return [*problems, *count_problems(manifest, str(folder))]
+
+
+def count_problems(manifest: Manifest, where: str) -> Iterator[str]:
+    """Whether the manifest's shards have as many rows as there are prompts."""
     rows = sum(record.rows for record in manifest.shards)
     expected = manifest.prompts.prompts - manifest.prompts_quarantined
     if rows != expected:
-        problems.append(f"{folder}: {rows} rows in the manifest's shards for {expected} prompts")
-    return problems
+        yield f"{where}: {rows} rows in the manifest's shards for {expected} prompts"
 
 
-def _verify_shard(path: Path, record: ShardRecord, seen: dict[str, str]) -> Iterator[str]:
+def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where: str) -> Iterator[str]:
+    """What is wrong with the content of a shard; `seen` (prompt id -> shard) is added to; `where` is for people."""
     try:
         with pq.ParquetFile(path) as file:
-            check_schema(file.schema_arrow, str(path))
+            check_schema(file.schema_arrow, where)
             if file.metadata.num_rows != record.rows:
-                yield f"{path}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
+                yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
             for group in range(file.num_row_groups):
+                if (size := file.metadata.row_group(group).total_byte_size) > BOMB * MAX_ROW_GROUP_BYTES:
+                    yield f"{where}: row group {group} unpacks to {size:,} bytes, and was not read"
+                    continue
                 table = file.read_row_group(group)
-                yield from check_rows(table, f"{path}: row group {group}")
+                yield from check_rows(table, f"{where}: row group {group}")
                 for prompt_id in table["prompt_id"].to_pylist():
                     if prompt_id in seen:
-                        yield f"{path}: prompt {prompt_id} is also in {seen[prompt_id]}"
-                    seen[prompt_id] = path.name
+                        yield f"{where}: prompt {prompt_id} is also in {seen[prompt_id]}"
+                    seen[prompt_id] = record.name
     except (UserError, pa.ArrowException, OSError) as error:
-        yield f"{path}: {str(error).removeprefix(f'{path}: ')}"
+        yield f"{where}: {str(error).removeprefix(f'{where}: ')}"
 
 
 @dataclass(frozen=True, slots=True)

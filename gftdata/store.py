@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -271,15 +271,10 @@ def s3_failed(error: Exception, where: str) -> NoReturn:
     if isinstance(error, FileNotFoundError):
         said = "no such object: check bucket and path; a data set is finished when its manifest.json is there"
     elif isinstance(error, PermissionError):
-        said = f"refused: {said_by(error)}; check the credentials in the environment (AWS_ACCESS_KEY_ID, ...)"
+        said = f"refused: {quoted(error)}; check the credentials in the environment (AWS_ACCESS_KEY_ID, ...)"
     else:
         said = (
-            f"the object store does not answer as it should: {said_by(error)}; check the network, AWS_ENDPOINT_URL and "
+            f"the object store does not answer as it should: {quoted(error)}; check the network, AWS_ENDPOINT_URL and "
             "the credentials in the environment (AWS_ACCESS_KEY_ID, ...), then give the same command again"
         )
     raise UserError(f"{where}: {said}") from None
-
-
-def said_by(error: Exception) -> str:
-    """A library's error in one line, without what a URL in it may hold: a password, a signature."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"(?<=//)[^/@\s]+@", "", first_line(error))).rstrip(".")

@@ -145,3 +145,6 @@ def template_hash(backend: Any) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+NO_TEMPLATE_HASH = _sha256("")

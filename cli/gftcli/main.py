@@ -132,14 +132,18 @@ def status(
 
 
 @app.command()
-def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of a finished data set.")]) -> None:
+def validate(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A finished data set: folder, hf://datasets/... or s3://...")
+    ],
+) -> None:
     """Check a data set: schema, checksums, completeness, content. Names every bad file; exit code 1 if there is one."""
     from gftcli import show
-    from gftdata.shards import read_manifest, verify
+    from gftdata.locations import open_data, verify_data
 
     console = show.open_console()
-    manifest = read_manifest(data)
-    problems = verify(data)
+    manifest = open_data(data).manifest
+    problems = verify_data(data)
     for problem in problems:
         console.print(problem, markup=False, soft_wrap=True)
     if problems:
@@ -147,6 +151,56 @@ def validate(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder o
         raise typer.Exit(1)
     rows = sum(record.rows for record in manifest.shards)
     console.print(f"{data}: whole: {rows:,} groups in {len(manifest.shards)} shards", soft_wrap=True)
+
+
+@app.command()
+def push(
+    data: Data,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The data set's name on the Hub.")],
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence to share it under, e.g. apache-2.0, cc-by-4.0, other."),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Of its texts, e.g. en. Repeatable.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is only for its owner; one that is there stays.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Share a finished data set on the Hub, with a card. Given again, it uploads only what has changed.
+
+    HF_TOKEN, or `hf auth login`, says who you are.
+    """
+    from gftcli import progress, show
+    from gftdata import push as pushing
+
+    console = show.open_console()
+    with progress.transfer(console, "uploaded") as listener:
+        plan = pushing.plan_push(data, repo, license=license_, languages=language or (), on_event=listener)
+    if dry_run:
+        show.push_plan(console, plan)
+        return
+    with progress.transfer(console, "uploaded") as listener:
+        done = pushing.push(plan, private=private, on_event=listener)
+    show.pushed(console, plan, done)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The data set's name on the Hub.")],
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for it: new, or of an earlier pull of it.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; default: main.")] = None,
+) -> None:
+    """Bring a data set from the Hub and check every byte of it. Stopped, the same command continues."""
+    from gftcli import progress, show
+    from gftdata import pull as pulling
+
+    console = show.open_console()
+    with progress.transfer(console, "downloaded") as listener:
+        done = pulling.pull(repo, data, revision=revision, on_event=listener)
+    show.pulled(console, data, done)
 
 
 @app.command()
@@ -245,6 +299,69 @@ def split(
 
     jobs = plan_split(data, out_a, out_b, share=share, seed=seed, groups_per_shard=groups_per_shard)
     _derive(jobs, dry_run)
+
+
+@app.command("import")
+def import_(
+    layout: Annotated[str, typer.Argument(metavar="FORMAT", help="authors (the paper's published data) or verl.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=".parquet or .jsonl file, folder, or Hub data set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Gets prompts.jsonl and generate.yaml.")],
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="COLUMN", help="Demonstrations; authors: extra_info.answer.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="COLUMN", help="A stronger model's; authors: extra_info.model_answer."),
+    ] = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="Of a Hub data set: its configuration.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of a folder or Hub data set.")] = "train",
+    model: Annotated[str, typer.Option("--model", help="The model to fine-tune: folder or Hub id.")] = "PATH-OR-HUB-ID",
+) -> None:
+    """Make prompts, and the config for `gft generate`, of the data of another program."""
+    from gftcli import show
+    from gftdata.imports import import_prompts
+
+    made = import_prompts(layout, source, out, expert=expert, teacher=teacher, subset=subset, split=split, model=model)
+    show.imported(show.open_console(), made)
+
+
+@app.command("export")
+def export_(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A finished data set: folder, hf://datasets/... or s3://...")
+    ],
+    kind: Annotated[
+        str, typer.Option("--format", metavar="F", help="verl, trl-sft, trl-dpo, trl-kto (unpaired) or trl-grpo.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="A .parquet file, or a folder: train.parquet in it.")
+    ],
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="Whose responses; repeatable. SFT: expert; DPO, KTO: all. `teacher` is any."),
+    ] = None,
+    min_reward: Annotated[
+        float | None,
+        typer.Option(
+            "--min-reward", help="SFT: leave out lower ones; DPO: of the chosen; KTO: label true from here (1)."
+        ),
+    ] = None,
+    pairs: Annotated[
+        Literal["one", "all"],
+        typer.Option("--pairs", help="DPO: best against worst of a group, or any two that differ."),
+    ] = "one",
+    tokens: Annotated[bool, typer.Option("--tokens", help="SFT, DPO: token ids as stored, in place of texts.")] = False,
+    truncated: Annotated[
+        bool, typer.Option("--truncated", help="Also responses that the length limit cut; TRL ends them.")
+    ] = False,
+) -> None:
+    """Write a data set as Parquet for TRL or verl, and say what that format cannot hold."""
+    from gftcli import show
+    from gftdata.exports import export
+    from gftdata.layouts import ExportOptions
+
+    options = ExportOptions(tuple(source or ()), min_reward, pairs, tokens, truncated)
+    show.exported(show.open_console(), kind, export(data, kind, out, options))
 
 
 @app.command()
@@ -441,7 +558,8 @@ def _run() -> int:
     except OtherRankError:
         return 2
     except UserError as error:
-        line = " ".join(str(error).split())
+        # what is quoted may come from elsewhere: nothing in it steers the terminal
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
         print(f"error: {line}", file=sys.stderr)
         return 2
     except Stopped as stopped:

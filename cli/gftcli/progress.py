@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.events import Event as GenerateEvent
+    from gftdata.hub import Event as HubEvent
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import Event as EvalEvent
     from gfttrain.train import Event as TrainEvent
@@ -105,6 +106,34 @@ def derivation(console: Console) -> Iterator[Callable[["GenerateEvent"], None]]:
                 bars.update(groups, advance=event.count, note=f"pass rate: {rates}" if rates else "")
             done = bars.tasks[groups]
             plain.say(f"{done.completed:,.0f} of {done.total or 0:,.0f} groups {done.fields['note']}")
+
+        yield listen
+
+
+@contextmanager
+def transfer(console: Console, done: str) -> Iterator[Callable[["HubEvent"], None]]:
+    """Shards checked; bytes that are `done` (uploaded, downloaded) of those that have to be."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        plain = _PlainLines(console)
+        moved = bars.add_task(done, total=None, note="", visible=False)
+        checked = bars.add_task("checked", total=None, note="", visible=False)
+
+        def listen(event: "HubEvent") -> None:
+            if event.kind == "verify":
+                bars.update(checked, total=event.count, advance=1, visible=True)
+                note = f"{bars.tasks[checked].completed:,.0f} of {event.count:,} shards"
+                bars.update(checked, note=note)
+                plain.say(f"checked {note}")
+            elif event.kind == "start" and event.count:
+                bars.update(moved, total=event.bytes, visible=True)
+                size = f"{event.count:,} files, {event.bytes / 1e6:,.1f} MB"
+                console.print(f"{size}, to be {done}", soft_wrap=True, highlight=False)
+            elif event.kind == "file":
+                bars.update(moved, advance=event.bytes)
+                note = f"{bars.tasks[moved].completed / 1e6:,.1f} of {(bars.tasks[moved].total or 0) / 1e6:,.1f} MB"
+                bars.update(moved, note=note)
+                plain.say(f"{note} {done}")
 
         yield listen
 

@@ -10,12 +10,16 @@ from gftdata.tasks import owned
 from gftdata.types import EXPERT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gftdata.config import GenerateConfig
+    from gftdata.exports import Exported
     from gftdata.fetch import Sized
+    from gftdata.imports import Imported
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
+    from gftdata.pull import Pulled
+    from gftdata.push import Plan, Pushed
     from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gftdata.status import Status
     from gftdata.tasks import Task
@@ -153,6 +157,53 @@ def status(console: Console, out: str, found: "Status") -> None:
         console.print(f"{found.earlier:,} earlier attempts of these tasks", highlight=False)
 
 
+def push_plan(console: Console, plan: "Plan") -> None:
+    """What `gft push` would upload, and the card."""
+    for file in plan.files:
+        console.print(f"{file.bytes:>14,}  {file.name}", soft_wrap=True, highlight=False, markup=False)
+    console.print("\nThe card, README.md:\n", highlight=False)
+    console.print(plan.card, soft_wrap=True, highlight=False, markup=False)
+    facts(
+        console,
+        {
+            "would be on the Hub": f"{len(plan.files):,} files, {plan.bytes / 1e6:,.1f} MB, as {plan.repo}",
+            "uploaded": "nothing",
+        },
+    )
+
+
+def pushed(console: Console, plan: "Plan", done: "Pushed") -> None:
+    """What `gft push` has done, and how to use it."""
+    if not done.commits:
+        console.print(f"{done.url}: nothing has changed: no commit", soft_wrap=True, highlight=False, markup=False)
+        return
+    old = f", {done.deleted:,} of an earlier version deleted" if done.deleted else ""
+    facts(
+        console,
+        {
+            "data set": done.url,
+            "uploaded": f"{done.files:,} files, {done.bytes / 1e6:,.1f} MB{old}",
+            "commits": done.commits,
+            "train on it": f"data: hf://datasets/{plan.repo}",
+            "bring it": f"gft pull {plan.repo} DIR",
+        },
+    )
+
+
+def pulled(console: Console, folder: Path, done: "Pulled") -> None:
+    """What `gft pull` has brought."""
+    shards = done.manifest.shards
+    there = f", {len(shards) - done.downloaded:,} were there" if done.downloaded < len(shards) else ""
+    facts(
+        console,
+        {
+            "data set": f"{folder}: whole: {done.manifest.summary.groups:,} groups in {len(shards):,} shards",
+            "downloaded": f"{done.downloaded:,} shards, {done.bytes / 1e6:,.1f} MB{there}",
+            "revision": done.commit,
+        },
+    )
+
+
 def pilot(console: Console, measured: "Pilot") -> None:
     """What a pilot measured, and what to expect of the whole."""
     sources(console, measured.summary.sources)
@@ -253,6 +304,53 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
             decimal(source.mean_ref_logprob),
         )
     console.print(rows)
+
+
+def imported(console: Console, made: "Imported") -> None:
+    """What an import made, what it left out, and what comes next."""
+    facts(
+        console,
+        {
+            "prompts": f"{made.prompts}: {made.rows:,} of {made.rows_read:,} rows",
+            "left out": _listed(made.left_out),
+            "responses": f"{made.with_expert:,} rows with an expert's, {made.teacher_texts:,} of a teacher",
+            "instruction": f"{made.instructed:,} prompts end with the paper's; they are taken as they stand, without a "
+            "template",
+            "config": f"{made.config}",
+        },
+    )
+    if made.without_ground_truth:
+        console.print(
+            f"note: {made.without_ground_truth:,} prompts have no ground truth: gft generate stops there, or with "
+            "prompts.on_missing_ground_truth=keep leaves their responses unjudged",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(
+        "\nThis is no data set of groups yet: nothing in it has log-probs. Look at model, reward and counts in "
+        f"{made.config}, then:\n  gft generate {made.config} --dry-run\n  gft generate {made.config}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def exported(console: Console, kind: str, made: "Exported") -> None:
+    """What an export made, what it left out, and what the format cannot hold."""
+    facts(
+        console,
+        {
+            "written": f"{made.path}: {made.rows:,} rows for {kind}",
+            "read": f"{made.groups:,} groups",
+            "left out": _listed(made.left_out),
+            "not exported": "; ".join(made.no_place),
+        },
+    )
+    for note in made.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _listed(counts: "Mapping[str, int]") -> str:
+    return "; ".join(f"{count:,} {what}" for what, count in counts.items()) or "nothing"
 
 
 def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared", expected: "Forecast") -> None:

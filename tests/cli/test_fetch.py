@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "gftdata" / "aid"))
-from fake_hub import FakeHub
+sys.path.insert(0, str(Path(__file__).parent / "aid"))
+from download_hub import DownloadHub
 
 from gftdata.config import GenerateConfig, load_config
 from gftdata.generate import generate
@@ -23,7 +23,7 @@ COLUMNS = {"ground_truth": "answer", "expert": "expert"}
 
 
 @pytest.fixture
-def hub(tmp_path: Path, demo: Path) -> Iterator[FakeHub]:
+def hub(tmp_path: Path, demo: Path) -> Iterator[DownloadHub]:
     """org/tiny (with weights in other formats too), org/teacher, org/sums (prompts), org/held (an evaluation set)."""
     root = tmp_path / "hub"
     for name in ("tiny", "teacher"):
@@ -36,12 +36,12 @@ def hub(tmp_path: Path, demo: Path) -> Iterator[FakeHub]:
         folder = root / "datasets" / "org" / name
         folder.mkdir(parents=True)
         shutil.copy(demo / f"{rows}.jsonl", folder / ("test.jsonl" if name == "held" else "train.jsonl"))
-    hub = FakeHub(root)
+    hub = DownloadHub(root)
     yield hub
     hub.stop()
 
 
-def gft(hub: FakeHub, home: Path, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
+def gft(hub: DownloadHub, home: Path, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the endpoint is read when huggingface_hub is imported."""
     environment = {
         **os.environ,
@@ -83,7 +83,9 @@ def configs(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_fetch_and_then_work_without_a_network(hub: FakeHub, configs: list[str], tmp_path: Path, demo: Path) -> None:
+def test_fetch_and_then_work_without_a_network(
+    hub: DownloadHub, configs: list[str], tmp_path: Path, demo: Path
+) -> None:
     home = tmp_path / "home"
     dry = gft(hub, home, "fetch", *configs, "--dry-run")
     assert dry.returncode == 0, dry.stderr
@@ -109,7 +111,7 @@ def test_fetch_and_then_work_without_a_network(hub: FakeHub, configs: list[str],
     assert again.stdout.splitlines()[-1].split()[-1] == "0.000"
 
 
-def test_only_a_tokenizer_is_fetched_of_a_model_that_a_server_has(hub: FakeHub, tmp_path: Path) -> None:
+def test_only_a_tokenizer_is_fetched_of_a_model_that_a_server_has(hub: DownloadHub, tmp_path: Path) -> None:
     served = {"name": "server", "urls": ["http://node:30000"]}
     settings = {
         "model": "org/tiny",
@@ -131,7 +133,7 @@ def test_only_a_tokenizer_is_fetched_of_a_model_that_a_server_has(hub: FakeHub, 
     assert "models--org--teacher" in str(only)
 
 
-def test_groups_of_the_hub(hub: FakeHub, tmp_path: Path, demo: Path) -> None:
+def test_groups_of_the_hub(hub: DownloadHub, tmp_path: Path, demo: Path) -> None:
     out = tmp_path / "hub" / "datasets" / "org" / "groups"
     values = {
         "model": str(demo / "model"),
@@ -164,7 +166,7 @@ def test_groups_of_the_hub(hub: FakeHub, tmp_path: Path, demo: Path) -> None:
     assert again.stdout.splitlines()[-1].split()[-1] == "0.000"
 
 
-def test_what_cannot_be_had_is_said_in_a_line(hub: FakeHub, tmp_path: Path, demo: Path) -> None:
+def test_what_cannot_be_had_is_said_in_a_line(hub: DownloadHub, tmp_path: Path, demo: Path) -> None:
     def said(settings: dict[str, Any], offline: bool = False) -> str:
         done = gft(hub, tmp_path / "home", "fetch", write(tmp_path / "eval.yaml", settings), offline=offline)
         assert done.returncode == 2, done.stdout + done.stderr

@@ -286,6 +286,31 @@ def test_group_without_judged_responses(gft: Gft, tmp_path: Path) -> None:
     assert gft("train", training, "--set", "unjudged_groups=skip").code == 0
 
 
+def test_tasks_their_status_and_the_end(gft: Gft, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards__groups_per_shard=1)
+    refused(gft, "status", "data", saying=("data", "not begun yet"))
+    refused(gft, "finalize", "data", saying=("data", "not begun yet"))
+    refused(gft, "generate", config, "--task", "2/2", saying=("--task 2/2", "counted from 0"))
+    assert "are for task 1 of 2" in gft("generate", config, "--task", "1/2", "--dry-run").out
+    made = gft("generate", config, "--task", "1/2")
+    assert made.code == 0
+    assert "task 1 of 2 is done; other tasks' shards are missing still" in made.out
+    status = gft("status", "data")
+    assert status.code == 0
+    assert "nobody is at work; the command that makes it, given again, continues" in status.out
+    assert re.search(r"^1/2 +done ", status.out, re.MULTILINE)
+    found = json.loads(gft("status", "data", "--json").out)
+    assert found["shards_done"] == found["shards"] // 2 and found["shards_missing"] > 0 and not found["final"]
+    assert found["latest"][0]["attempt"]["task"] == 1
+    before = tree(tmp_path)
+    assert gft("finalize", "data").code == 2
+    assert tree(tmp_path) == before
+    assert gft("generate", config, "--task", "0/2").code == 0
+    assert "finished" in gft("status", "data").out
+    assert "shards, " in gft("finalize", "data").out
+    assert gft("validate", "data").code == 0
+
+
 def test_misspelt_reward_and_bad_model(gft: Gft, tmp_path: Path) -> None:
     refused(gft, "generate", write_config(tmp_path / "c.yaml", reward__name="numerik"), saying=("numeric",))
     refused(gft, "generate", write_config(tmp_path / "c.yaml", model="./no-model"), saying=("no-model",))

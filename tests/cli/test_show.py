@@ -10,6 +10,7 @@ from gftcli import show
 from gftdata.config import GenerateConfig
 from gftdata.prepare import Preview
 from gftdata.shards import Manifest, PromptCounts, SourceSummary, Summary, TokenizerRecord
+from gftdata.tasks import Task
 
 COUNTS = {
     "rows_read": 1200,
@@ -155,5 +156,6 @@ def test_a_dry_run_names_them_too(decontaminate: list[dict[str, str]], said: str
         groups_left_behind=0,
         max_sampled_tokens=1,
     )
-    text = printed(show.generation_plan, config, preview)
+    text = printed(show.generation_plan, config, preview, Task(1, 4, "--task"))
+    assert "are for task 1 of 4" in text
     assert said in text and "3 rows came before word for word, 4 almost; 0 left out" in text

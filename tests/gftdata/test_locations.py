@@ -23,7 +23,7 @@ from moto.server import ThreadedMotoServer
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
 from gftdata.generate import generate
-from gftdata.locations import checked_shards, open_data, read_index
+from gftdata.locations import checked_shards, open_data, read_index, verify_data
 from gftdata.schema import parquet_options
 from gftdata.shards import Index, read_manifest, sha256_file, shard_paths
 from gftdata.shards import read_index as read_local_index
@@ -33,7 +33,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import json, sys
 from gftdata.errors import UserError
-from gftdata.locations import checked_shards, open_data, read_index
+from gftdata.locations import checked_shards, open_data, read_index, verify_data
 from gftdata.shards import sha256_file
 try:
     data = open_data(sys.argv[1])
@@ -480,3 +480,15 @@ def test_what_the_hub_does_not_have(hub: Hub, copy: Path, tmp_path: Path) -> Non
     assert hub.asked.count(f"GET data/{damaged.name}") == 2
     (copy / "manifest.json").unlink()
     assert "no such file: not a finished data set" in from_hub(hub, tmp_path / "other", location, "plan")
+
+
+def test_a_data_set_in_a_bucket_is_verified(stored: s3fs.S3FileSystem, data: Path) -> None:
+    assert verify_data(S3_DATA) == verify_data(str(data)) == []
+    name = f"{BUCKET}/made/data/data/train-00001-of-00003.parquet"
+    content = bytearray(stored.cat_file(name))
+    content[len(content) // 2] ^= 1
+    stored.pipe_file(name, bytes(content))
+    problems = verify_data(S3_DATA)
+    assert "train-00001-of-00003.parquet" in problems[0] and "sha256" in problems[0]
+    stored.rm(name)
+    assert verify_data(S3_DATA) == [f"s3://{name}: missing"]

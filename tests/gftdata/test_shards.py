@@ -317,6 +317,13 @@ def test_a_file_that_is_no_parquet_but_has_the_right_checksum(finished: Path) ->
     assert problem.startswith(f"{path}: ") and len(problem.splitlines()) == 1
 
 
+def test_a_row_group_that_would_fill_the_memory_is_not_read(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_ROW_GROUP_BYTES", 1)
+    problems = verify(finished)
+    assert len(problems) == sum(max(1, -(-size // 3)) for size in SIZES)
+    assert all("unpacks to" in problem for problem in problems)
+
+
 @pytest.mark.parametrize("name", ["../evil.parquet", "/tmp/evil.parquet", "a/b.parquet", "../../x", "..", "", "x.txt"])
 def test_a_manifest_may_not_name_files_elsewhere(finished: Path, one_line: OneLine, name: str) -> None:
     edit_manifest(finished, lambda data: data["shards"][0].update(name=name))
@@ -337,6 +344,8 @@ def test_a_manifest_may_not_name_files_elsewhere(finished: Path, one_line: OneLi
         ('{"format": "other", "schema_version": 1}', "expected format gft-groups version 1, found other version 1"),
         ('{"format": "gft-groups", "schema_version": 2}', "found gft-groups version 2"),
         ("{}", "found None version None"),
+        (b"[" * 100_000, "not a manifest"),
+        (b" " * (shards.MAX_MANIFEST_BYTES + 1), "expected at most 67,108,864"),
     ],
 )
 def test_manifests_that_are_none(tmp_path: Path, one_line: OneLine, content: str | bytes, part: str) -> None:
@@ -345,6 +354,30 @@ def test_manifests_that_are_none(tmp_path: Path, one_line: OneLine, content: str
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert str(path) in one_line(caught.value) and part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (
+            lambda m: m["shards"][0].update(rows=-1),
+            "shards.0.rows: Input should be greater than or equal to 0, found",
+        ),
+        (lambda m: m["shards"][0].update(rows=2**60), "shards.0.rows"),
+        (lambda m: m["shards"][0].update(bytes="7"), "shards.0.bytes: Input should be a valid integer, found '7'"),
+        (lambda m: m["shards"].append(m["shards"][0]), "names the shard train-00000-of-00005.parquet twice"),
+        (lambda m: m["summary"].update(groups=True), "summary.groups"),
+        (lambda m: m["prompts"].update(duplicates=-3), "prompts.duplicates"),
+        (lambda m: m.update(shards={}), "shards: Input should be"),
+    ],
+)
+def test_manifests_with_impossible_numbers(
+    finished: Path, one_line: OneLine, change: Callable[[dict[str, Any]], Any], part: str
+) -> None:
+    edit_manifest(finished, change)
+    with pytest.raises(UserError) as caught:
+        read_manifest(finished)
+    assert part in one_line(caught.value)
 
 
 def test_folders_without_a_manifest(tmp_path: Path, one_line: OneLine) -> None:

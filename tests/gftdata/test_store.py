@@ -327,3 +327,19 @@ def test_the_endpoint_is_in_no_data_set(s3: s3fs.S3FileSystem, demo: Path, tmp_p
     text = s3.cat_file(f"{BUCKET}/{tmp_path.name}/data/manifest.json").decode()
     assert not re.search(rf"{SECRET}|127\.0\.0\.1|{tmp_path.name}", text)
     assert isinstance(open_store(str(tmp_path)), FolderStore)
+
+
+def test_prompts_from_a_bucket(s3: s3fs.S3FileSystem, demo: Path, tmp_path: Path, one_line: OneLine) -> None:
+    path = f"s3://{BUCKET}/{tmp_path.name}/prompts/train.jsonl"
+    data = settings(demo, str(tmp_path / "data"))
+    data["prompts"]["path"] = path
+    with pytest.raises(UserError) as caught:
+        generate(config_of(data))
+    assert one_line(caught.value) == f"{path}: no such prompt file (prompts.path)"
+    s3.pipe_file(path.removeprefix("s3://"), b"{half\n")
+    with pytest.raises(UserError) as caught:
+        generate(config_of(data))
+    assert f"{path}: line 1: not valid JSON" in one_line(caught.value)
+    s3.put_file(str(demo / "train.jsonl"), path.removeprefix("s3://"))
+    made, local = generate(config_of(data)), generate(config_of(settings(demo, str(tmp_path / "local"))))
+    assert made is not None and local is not None and made.summary == local.summary

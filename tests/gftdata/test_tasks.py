@@ -242,11 +242,11 @@ def test_samples_that_another_copy_has_taken_away_are_drawn_again(
     """As on a shared file system, where the shard that it published may not be seen at once."""
     assemble, gone = generation.assemble, []
 
-    def without(config: Any, store: Any, plan: Any, shard: int, tokenizer: Any) -> Any:
+    def without(run: generation.Run, shard: int, tokenizer: Any) -> Any:
         if shard in (0, 3) and shard not in gone:
             gone.append(shard)
-            store.remove(f"{WORK}/journal/{shard:05d}")
-        return assemble(config, store, plan, shard, tokenizer)
+            run.store.remove(f"{WORK}/journal/{shard:05d}")
+        return assemble(run, shard, tokenizer)
 
     monkeypatch.setattr(generation, "assemble", without)
     generate(config_of(settings(tmp_path / "data")), task=Task(0, 1, "test"))

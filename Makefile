@@ -1,23 +1,30 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
+# make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo test test-sglang test-interchange check clean
+.PHONY: demo test test-sglang test-cluster test-interchange check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/interchange
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang
+
+# Slurm's daemons here run as root, and so do the tests that start them
+test-cluster: .venv/installed
+	sh tests/cluster/install.sh
+	$(AS_ROOT) $(BIN)/python -B -m pytest -p no:cacheprovider tests/cluster
 
 test-interchange: .venv/installed .venv-trl/installed
 	GFT_TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest tests/interchange

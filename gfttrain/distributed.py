@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -75,10 +76,13 @@ def join(device_name: str, timeout: timedelta = TIMEOUT) -> World:
     num_local = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) if torchrun else local_rank + 1
     device = _device_of_rank(device_name, local_rank, num_local, bound_by_slurm=not torchrun)
     on_gpu = device.type == "cuda"
+    address = "env://" if torchrun else _slurm_address()
+    if not torchrun:
+        _check_known(address, rank)
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method="env://" if torchrun else _slurm_address(),
+            init_method=address,
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -119,6 +123,19 @@ def _slurm_address() -> str:
     # below the ports that systems give out (32768), and another one for every step of every job
     port = 10000 + (int(env.get("SLURM_JOB_ID", "0")) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000
     return f"tcp://{env.get('MASTER_ADDR', host)}:{env.get('MASTER_PORT', port)}"
+
+
+def _check_known(address: str, rank: int) -> None:
+    """Raise UserError where the address's host has none: torch would go on asking until the timeout."""
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise UserError(
+            f"rank {rank}: the name {host} of the job's first node, where rank 0 listens, has no address here; set "
+            "MASTER_ADDR to one that all nodes know (the batch script runs on that node: `export "
+            "MASTER_ADDR=$(hostname -f)`)"
+        ) from None
 
 
 def _device_of_rank(name: str, local_rank: int, num_local: int, *, bound_by_slurm: bool) -> torch.device:

@@ -440,6 +440,29 @@ def evaluate(config: ConfigFile, model: Model = None, out: Out = None, set_: Set
 
 
 @app.command()
+def fetch(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Of `gft generate`, `train` or `eval`.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what and how much, download nothing.")] = False,
+) -> None:
+    """Download what configs name (models, tokenizers, prompts, data sets) for compute nodes without internet."""
+    from gftcli import show
+    from gftdata.fetch import fetch as fetch_one
+    from gftdata.fetch import size
+    from gfttrain.fetch import wanted_by
+
+    console = show.open_console()
+    sized = [size(wanted) for wanted in wanted_by(configs)]
+    show.to_fetch(console, sized)
+    if dry_run or not sized:
+        return
+    for each in sized:
+        if each.missing_bytes or each.wanted.kind == "prompts":
+            console.print(f"fetching {each.wanted.name}", soft_wrap=True, highlight=False)
+            fetch_one(each.wanted)
+    console.print("\nAll is here. On the compute nodes: export HF_HUB_OFFLINE=1", highlight=False)
+
+
+@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the three files.")] = Path(),
     model: Annotated[str, typer.Option("--model", help="The model to fine-tune: folder or Hub id.")] = "PATH-OR-HUB-ID",

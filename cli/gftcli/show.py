@@ -10,10 +10,11 @@ from gftdata.tasks import owned
 from gftdata.types import EXPERT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from gftdata.config import GenerateConfig
     from gftdata.exports import Exported
+    from gftdata.fetch import Sized
     from gftdata.imports import Imported
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
@@ -411,6 +412,22 @@ def evaluation(console: Console, result: "EvalResult") -> None:
     if result.kl is None:
         del rows["KL to reference"]
     facts(console, rows)
+
+
+def to_fetch(console: Console, sized: "Sequence[Sized]") -> None:
+    """What has to be downloaded, and how much of it."""
+    if not sized:
+        console.print("nothing to fetch: these configs name only what is on this machine")
+        return
+    listing = table("name", "what", "GB", "to download")
+    for each in sized:
+        wanted = each.wanted
+        part = "/".join(filter(None, [wanted.subset, wanted.split]))
+        name = f"{wanted.name} ({part})" if part else wanted.name
+        listing.add_row(name, wanted.kind, f"{each.bytes / 1e9:,.3f}", f"{each.missing_bytes / 1e9:,.3f}")
+    total, missing = sum(each.bytes for each in sized), sum(each.missing_bytes for each in sized)
+    listing.add_row("all", "", f"{total / 1e9:,.3f}", f"{missing / 1e9:,.3f}")
+    console.print(listing)
 
 
 def relative(path: Path) -> str:

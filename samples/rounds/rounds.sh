@@ -4,7 +4,7 @@
 # Stopped anywhere, the same command continues: finished steps are looked at and left alone.
 set -e
 rounds=${1:-3} out=${2:-runs/rounds} here=samples/rounds
-[ $# -gt 2 ] && shift 2 || shift $#
+if [ $# -gt 2 ]; then shift 2; else shift $#; fi
 
 model=samples/demo/model
 round=0

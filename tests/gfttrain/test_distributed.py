@@ -113,6 +113,18 @@ def test_the_first_host_of_a_slurm_step(nodes: str, host: str, monkeypatch: pyte
     assert distributed._slurm_address() == "tcp://elsewhere:1234"
 
 
+def test_a_first_node_without_an_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {
+        "STEP_NUM_TASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "0",
+        "STEP_NODELIST": "no-such.invalid",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    with pytest.raises(UserError, match=r"rank 1: the name no-such\.invalid of the job's first node.*set MASTER_ADDR"):
+        join("cpu")
+
+
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {
         "RANK": 1,

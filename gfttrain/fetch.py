@@ -1,0 +1,54 @@
+"""What `gft train` and `gft eval` read from elsewhere, and of which command a file is. The rest: gftdata/fetch.py."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel
+
+from gftdata.config import GenerateConfig, load_config
+from gftdata.fetch import Wanted, wanted_groups, wanted_model, wanted_prompts, wanted_to_generate
+from gftdata.locations import is_remote
+from gfttrain.config import EvalConfig, TrainConfig
+
+
+def wanted_by(paths: Sequence[Path]) -> list[Wanted]:
+    """What the settings files name that is not on this machine by itself, each once, in their order.
+
+    What lies in the output folder of one of them will be made, and is left out. Raises UserError.
+    """
+    configs = [_load(path) for path in paths]
+    made = [out for config in configs if (out := getattr(config, "out", None)) is not None]
+    wanted = dict.fromkeys(each for config in configs for each in _wanted(config))
+    return [each for each in wanted if not any(Path(each.name).is_relative_to(out) for out in made)]
+
+
+def _load(path: Path) -> GenerateConfig | TrainConfig | EvalConfig:
+    """Settings of the command that knows most of the keys; `load_config` says what is wrong with the others."""
+    kinds: tuple[type[BaseModel], ...] = (EvalConfig, GenerateConfig, TrainConfig)
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        keys = {}
+    known = [sum(key in kind.model_fields for key in keys) if isinstance(keys, dict) else 0 for kind in kinds]
+    kind = kinds[known.index(max(known))]
+    config = load_config(kind, path)
+    assert isinstance(config, GenerateConfig | TrainConfig | EvalConfig)
+    return config
+
+
+def _wanted(config: GenerateConfig | TrainConfig | EvalConfig) -> Iterator[Wanted]:
+    if isinstance(config, GenerateConfig):
+        yield from wanted_to_generate(config)
+        return
+    yield from wanted_model(config.model)
+    if isinstance(config, TrainConfig):
+        for data in config.data:
+            if is_remote(data):
+                yield from wanted_groups(data)
+        if config.evaluation is not None:
+            yield from wanted_prompts(config.evaluation.prompts)
+        return
+    if config.reference is not None:
+        yield from wanted_model(config.reference)
+    yield from wanted_prompts(config.prompts)

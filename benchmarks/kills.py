@@ -29,7 +29,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from gftdata.journal import read_journal
-from gftdata.shards import DATA, WORK, read_manifest, verify
+from gftdata.shards import DATA, QUARANTINE, WORK, read_manifest, verify
 from gftdata.store import FolderStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,8 +152,10 @@ def check(out: Path, kept: list[Drawn], num_prompts: int) -> str:
         for key, value in safe.items()
     )
     if problems or len(set(ids)) != len(ids) or len(ids) != num_prompts or short or changed:
+        given_up = out / f"{QUARANTINE}.jsonl"
         return (
             f"BAD: {problems} {len(ids)} rows, {len(set(ids))} prompts, {short} short groups, {changed} samples changed"
+            + (f"\ngiven up: {given_up.read_text()}" if given_up.is_file() else "")
         )
     return f"whole: {len(ids)} prompts once, {len(final)} samples"
 

@@ -67,20 +67,20 @@ class Reporter:
     def on_event(self, event: Event) -> None:
         if event.kind == "phase":
             self._phase = event.source
-            self._lately.clear()  # an engine that starts draws nothing, and says nothing of how fast it will be
-            self._lately.append((time.monotonic(), self._samples, self._tokens))
+            # anew, in one step: what an engine draws while it starts says nothing of how fast it will be
+            self._lately = deque([(time.monotonic(), self._samples, self._tokens)])
         elif event.kind == "sample":
             self._samples += 1
             self._tokens += event.tokens
         self._forward(event)
 
     def write(self, state: Literal["running", "done", "stopped", "failed"], reason: str = "") -> None:
-        now = time.monotonic()
-        while len(self._lately) > 1 and now - self._lately[0][0] > RATE_S:
-            self._lately.popleft()
-        since, samples, tokens = self._lately[0]
+        now, lately = time.monotonic(), self._lately
+        while len(lately) > 1 and now - lately[0][0] > RATE_S:
+            lately.popleft()
+        since, samples, tokens = lately[0]
         seconds = max(now - since, 1e-9)
-        self._lately.append((now, self._samples, self._tokens))
+        lately.append((now, self._samples, self._tokens))
         attempt = Attempt(
             task=self._task.index,
             tasks=self._task.count,

@@ -137,7 +137,7 @@ class ServerEngine:
             arguments = scoring_arguments(request) | self._replica(url, request.prompt_ids)
             result = await self._json("POST", f"{url}/generate", arguments)
             with _reading():
-                return scored(request, _answer(result))
+                return scored(self.tokenizer, request, _answer(result))
 
         for (i, _), answer in self._remote.stream(
             enumerate(requests), ask, lambda item: prompt_number(item[1].prompt_ids)

@@ -56,6 +56,7 @@ from gftdata.types import (
 WORKER = Path(__file__).with_name("sglang_worker.py")
 BACK_OFF_S = (1.0, 5.0, 15.0, 60.0)  # before a restart, growing while restarts bring no answer
 TRIES = 3  # how often a request may fail, or be there when the engine dies, before it is given up
+AGAIN_S = 1.0  # before a request that failed is sent again, times its failures: an engine that is dying fails at once
 SUSPECT_AFTER = 2  # deaths: the first may have had any cause
 STOP_S = 20.0  # how long an idle engine may take to end by itself
 READ_BYTES = 2**16  # of answers at once: what a pipe holds
@@ -142,7 +143,7 @@ class SglangEngine:
             return scoring_arguments(request) | self._replica(request.prompt_ids)
 
         def read(item: tuple[int, ScoreRequest], answer: dict[str, Any]) -> LogProbs:
-            return scored(item[1], answer)
+            return scored(self.tokenizer, item[1], answer)
 
         for (i, _), answer in self._stream(numbered, arguments, read):
             scores[i] = Unscored(str(answer)) if isinstance(answer, UserError) else answer
@@ -321,7 +322,9 @@ class SglangEngine:
                 return
             if failure and len(job.failures) + 1 < TRIES:
                 job.failures.append(failure)
-                self._send(number, job)
+                again = threading.Timer(AGAIN_S * len(job.failures), self._send_again, (number, job, self._process))
+                again.daemon = True
+                again.start()
                 return
             del self._jobs[number]
             if failure:
@@ -332,6 +335,12 @@ class SglangEngine:
                 if not self._tried:
                     self._send_next()
         job.answers.put((job, UserError(failure) if failure else found))
+
+    def _send_again(self, number: int, job: _Job, process: "subprocess.Popen[bytes] | None") -> None:
+        """After a failure, unless the engine has died since: then all that waits is sent to the next one."""
+        with self._lock:
+            if number in self._jobs and self._process is process:
+                self._send(number, job)
 
     def _send_next(self) -> None:
         """The next few suspects, or, when all have been cleared, everything that waits."""
@@ -349,6 +358,7 @@ class SglangEngine:
             there = [number for number in self._suspects if number in self._tried] or list(self._jobs)
             for number in there:
                 self._jobs[number].deaths += 1
+                self._jobs[number].failures.clear()  # they speak of an engine that was about to die
             if len(there) == 1 and self._jobs[there[0]].deaths >= TRIES:
                 given_up = self._jobs.pop(there[0])
                 given_up.failures.append(f"the engine died (exit code {process.returncode}): {self._last_error()}")

@@ -85,11 +85,20 @@ def to_sample(tokenizer: Tokenizer, request: SampleRequest, answer: dict[str, An
     return Sample(request, decode_response(tokenizer, ids), ids, logprobs, len(ids), reason, seed)
 
 
-def scored(request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
-    """The log-probs of a scoring answer: one None, then exactly the response's tokens, or BadAnswerError."""
+def scored(tokenizer: Tokenizer, request: ScoreRequest, answer: dict[str, Any]) -> LogProbs:
+    """The log-probs of a scoring answer: one None, then exactly the response's tokens, or BadAnswerError.
+
+    SGLang 0.5.23 reports the last id of the vocabulary as 0, where it clips what stands for images; its log-prob is
+    that of the id itself.
+    """
     found, tokens = answer["input_token_logprobs"]
+    reported = np.where(request.response_ids < len(tokenizer.backend) - 1, request.response_ids, 0)
     logprobs = np.asarray(found, dtype=np.float32)  # None becomes NaN
-    if len(logprobs) == 0 or not np.isnan(logprobs[0]) or not np.array_equal(tokens[1:], request.response_ids):
+    if (
+        len(logprobs) == 0
+        or not np.isnan(logprobs[0])
+        or not (np.array_equal(tokens[1:], request.response_ids) or np.array_equal(tokens[1:], reported))
+    ):
         first = "none" if len(logprobs) == 0 else f"{logprobs[0]:.3f}"
         raise BadAnswerError(
             f"scored other tokens than the given ones: {len(tokens)} of {len(request.response_ids) + 1}, first {first}"

@@ -16,6 +16,7 @@ import pytest
 
 from gftdata.config import GenerateConfig, SglangConfig, validate_config
 from gftdata.engines import sglang
+from gftdata.engines.sglang_api import BadAnswerError, scored
 from gftdata.errors import UserError
 from gftdata.events import Event
 from gftdata.generate import generate
@@ -37,6 +38,7 @@ def tokenizer(demo: Path) -> Tokenizer:
 def open_fake(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     monkeypatch.setattr(sglang, "WORKER", FAKE)
     monkeypatch.setattr(sglang, "BACK_OFF_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(sglang, "AGAIN_S", 0.01)
     engines = []
 
     def start(max_in_flight: int = 8, **options: Any) -> sglang.SglangEngine:
@@ -99,6 +101,15 @@ def test_a_death_loses_and_doubles_nothing(open_fake: Open) -> None:
     assert engine.restarts == 1
 
 
+def test_what_fails_while_the_engine_is_dying_is_asked_again(open_fake: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "AGAIN_S", 1.0)
+    engine = open_fake(dying=[9, 10])
+    counts, refusals = answered(engine, *range(3, 15))
+    assert counts == Counter(f"p{i}" for i in range(3, 15))
+    assert not refusals
+    assert engine.restarts == 1
+
+
 @pytest.mark.parametrize("kind", ["torn", "short"])
 def test_a_torn_answer_is_asked_again(open_fake: Open, kind: str) -> None:
     engine = open_fake(**{kind: [9]})
@@ -126,6 +137,20 @@ def test_an_answer_that_is_none_is_asked_again_and_then_refused(
     assert set(refusals) == {"p9"} and said in refusals["p9"]
     assert sent(tmp_path)[9] == sglang.TRIES
     assert engine.restarts == 0
+
+
+def test_the_last_id_of_the_vocabulary_may_be_reported_as_0_and_no_other(tokenizer: Tokenizer) -> None:
+    last = len(tokenizer.backend) - 1
+
+    def answer(*tokens: int) -> dict[str, Any]:
+        return {"input_token_logprobs": [[None, *[-0.5] * len(tokens)], [9, *tokens]]}
+
+    request = ScoreRequest(np.array([2, 9], np.int32), np.array([last, 4, last, 1], np.int32))
+    for tokens in ((last, 4, last, 1), (0, 4, 0, 1)):
+        np.testing.assert_array_equal(scored(tokenizer, request, answer(*tokens)), np.full(4, -0.5, np.float32))
+    for tokens in ((last, 0, last, 1), (0, 4, 0, 0), (0, 4, 0)):
+        with pytest.raises(BadAnswerError, match="other tokens"):
+            scored(tokenizer, request, answer(*tokens))
 
 
 def test_an_engine_that_does_not_start_says_why(open_fake: Open) -> None:

@@ -83,6 +83,19 @@ def test_reference_log_probs_are_those_of_a_float32_forward_pass(
     assert decode_differs > 0.05, "decode log-probs would not pass for reference ones"
 
 
+def test_every_id_of_the_vocabulary_is_scored(
+    engine: SglangEngine, demo: Path, naive_logprobs: Callable[..., np.ndarray]
+) -> None:
+    """SGLang reports the last one as another."""
+    size = len(engine.tokenizer.backend)
+    (prompt_ids,) = {tuple(request.prompt_ids.tolist()) for request in requests(engine, 1)[:1]}
+    prompt = np.array(prompt_ids, np.int32)
+    responses = [np.arange(size, dtype=np.int32)[::step] for step in (1, -1)] + [np.array([size - 1], np.int32)]
+    scores = engine.score([ScoreRequest(prompt, response) for response in responses])
+    for response, score in zip(responses, scores, strict=True):
+        np.testing.assert_allclose(score, naive_logprobs(demo / "model", prompt, response), atol=1e-3)
+
+
 def test_samples_follow_the_model_and_stop(engine: SglangEngine) -> None:
     samples = [s for s in engine.sample(requests(engine, 8), Sampling(1.0, 1.0, 4, ())) if isinstance(s, Sample)]
     assert {s.finish_reason for s in samples} == {"stop", "length"}

@@ -2,13 +2,14 @@
 
 A response is the prompt's last id, counted up, then the end token 1. A prompt that holds a marked id makes the process
 die, hang up half way through an answer or before its last byte, abort, or answer NaN; options: {"die": [ids],
-"die_once": [ids], "torn": [ids], "short": [ids], "abort": [ids], "nan": [ids], "error": [ids], "unscorable": [ids],
-"slow": seconds, "no_start": bool, "log": path}.
+"die_once": [ids], "dying": [ids], "torn": [ids], "short": [ids], "abort": [ids], "nan": [ids], "error": [ids],
+"unscorable": [ids], "slow": seconds, "no_start": bool, "log": path}.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from gftdata.engines.sglang_worker import message, packed
 
 def reason_of(kind: str) -> dict[str, object]:
     return {"type": kind}
+
+
+def die(mark: str) -> None:
+    Path(mark).touch()
+    os._exit(1)
 
 
 def main() -> None:
@@ -30,6 +36,7 @@ def main() -> None:
         answers.write(data)
         answers.flush()
 
+    dying = False
     write(message({"ready": "fake"}))
     for line in sys.stdin:
         request = json.loads(line)
@@ -43,6 +50,12 @@ def main() -> None:
         if set(ids) & set(options.get("die_once", [])) and not Path(options["log"] + ".died").exists():
             Path(options["log"] + ".died").touch()
             os._exit(1)
+        if set(ids) & set(options.get("dying", [])) and not Path(options["log"] + ".died").exists():
+            if not dying:  # errors, one after the other, and soon the end
+                dying = True
+                threading.Timer(0.3, die, [options["log"] + ".died"]).start()
+            write(message({"id": request["id"], "error": "RuntimeError: the scheduler is gone"}))
+            continue
         reason: dict[str, object] = {"type": "stop", "matched": 1}
         if set(ids) & set(options.get("nan", [])):
             reason = {"type": "stop", "matched": "NaN happened"}

@@ -500,9 +500,12 @@ def finalize(store: Store, plan: Plan | None = None) -> Manifest:
     try:
         summary = summarise(_checked(store, plan, records, refused))
     except FileNotFoundError:
-        if (manifest := read_final(store)) is None:  # another task was faster, and has put away the prompts
-            raise
-        return manifest
+        if (manifest := read_final(store)) is not None:  # another task was faster, and has put away the prompts
+            return manifest
+        raise UserError(
+            f"{store.location}: was finished before, and its {MANIFEST} is gone; put that file back, or name another "
+            "folder (out)"
+        ) from None
     if refused:
         entries = [store.read(f"{WORK}/{QUARANTINE}/{prompt_id}.json").decode() for prompt_id in sorted(refused)]
         store.write(f"{QUARANTINE}.jsonl", "".join(f"{entry}\n" for entry in entries).encode())

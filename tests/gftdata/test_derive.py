@@ -483,7 +483,7 @@ def test_what_was_quarantined_before_a_stop_stays_out(
 
     with pytest.raises(KeyboardInterrupt):
         derive(job, listen)
-    lost = deriving.quarantined(tmp_path / "new")
+    lost = deriving.quarantined(FolderStore(tmp_path / "new"))
     assert len(lost) > 1
     monkeypatch.setattr(Picky, "score", lambda _, requests: [-np.ones(len(r.response_ids)) for r in requests])
     manifest = derive(job)

@@ -139,6 +139,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
+def raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def refusal(one_line: OneLine, config: GenerateConfig) -> str:
     with pytest.raises(UserError) as caught:
         generate(config)
@@ -412,16 +416,24 @@ def test_stopped_after_the_last_shard_only_the_manifest_is_written(
 ) -> None:
     config = small()
     events: Counter[str] = Counter()
-    generate(config, lambda event: events.update([event.kind]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gftdata.generate.write_manifest", raise_interrupt)
+        generate(config, lambda event: events.update([event.kind]))
     out = Path(config.out)
-    before = tree(out)
-    (out / MANIFEST).unlink()
+    assert not (out / MANIFEST).exists()
     monkeypatch.setattr("gftdata.generate.open_engine", lambda *args: pytest.fail("a model was loaded"))
     again: list[Event] = []
-    generate(config, again.append)
+    assert generate(config, again.append) == read_manifest(out)
     assert [(e.kind, e.count, e.done) for e in again] == [("groups", 8, 8)]
-    assert tree(out) == before
+    assert verify(out) == []
     assert events["shard"] == 2 and events["sample"] == 16 and events["judged"] == 24
+
+
+def test_a_manifest_that_was_deleted_is_missed(small: MakeConfig, one_line: OneLine) -> None:
+    config = small()
+    generate(config)
+    (Path(config.out) / MANIFEST).unlink()
+    assert "was finished before, and its manifest.json is gone" in refusal(one_line, config)
 
 
 def test_a_finished_set_is_left_alone(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,9 @@ def check(config: GenerateConfig, demo: Path) -> None:
     assert not (Path(config.out) / "quarantine.jsonl").exists()
     for path in Path(config.out).rglob("*"):
         if path.is_file():
-            assert KEY.encode() not in path.read_bytes() and b"127.0.0.1" not in path.read_bytes(), path
+            assert KEY.encode() not in path.read_bytes(), path
+            told = path.parent.name == "tasks"  # how an attempt ended, which stays in .work
+            assert told or b"127.0.0.1" not in path.read_bytes(), path
 
 
 FAULTS: list[Any] = [

@@ -69,6 +69,7 @@ def test_a_task_is_cancelled_and_a_node_goes_down_and_three_tasks_finish(
     halted(cluster, out, job)
     cancelled, *others = slurm.jobs(cluster, job)
     lost = next(each for each in others if each.node != cancelled.node)
+    slurm.signal_steps(cluster, cancelled.id, "CONT")  # a job that ends while it is halted stays STOPPED for Slurm
     slurm.command(cluster, "scancel", cancelled.id)
     slurm.command(cluster, "scontrol", "update", f"nodename={lost.node}", "state=down", "reason=test")
     slurm.attempt(cluster, "scancel", "--signal=CONT", job)

@@ -108,8 +108,13 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None, ta
     attempt = new_attempt()
     with writing(store, alone=task.alone), reporting(store, attempt, task, on_event) as listener:
         plan = read_plan(store) or create_output(config, store, tokenizer)
-        with closing(open_journal(store, attempt)) as journal:
-            _make_shards(Run(config, store, plan), task, tokenizer, journal, listener)
+        try:
+            with closing(open_journal(store, attempt)) as journal:
+                _make_shards(Run(config, store, plan), task, tokenizer, journal, listener)
+        except OSError:
+            if (manifest := read_final(store)) is None:
+                raise
+            return manifest  # another copy of this task was faster, and has put away what this one was reading
         if len(published(store, plan.num_shards)) < plan.num_shards:
             return None
         return finalize(store, plan)

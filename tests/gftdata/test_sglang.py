@@ -270,6 +270,7 @@ def with_prompts(config: GenerateConfig, path: Path) -> GenerateConfig:
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "WORKER", FAKE)
     monkeypatch.setattr(sglang, "BACK_OFF_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(sglang, "AGAIN_S", 0.01)
     monkeypatch.setattr(sglang, "check_python", lambda config: None)
 
 

@@ -295,7 +295,7 @@ def test_a_kill_while_a_shard_is_uploaded_leaves_no_half_of_it(
 ) -> None:
     location, config = f"s3://{BUCKET}/{tmp_path.name}/data", tmp_path / "generate.yaml"
     config.write_text(json.dumps(settings(demo, location)))
-    for nth in (1, 2, 3):
+    for nth in (1, 3):
         program = [sys.executable, "-c", KILLED_WHILE_UPLOADING, str(config), str(nth)]
         environment = {**os.environ, "PARTS": parts}
         ended = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)

@@ -23,7 +23,7 @@ from gftdata.errors import UserError
 from gftdata.generate import finalize, generate
 from gftdata.prepare import read_plan
 from gftdata.shards import DATA, MANIFEST, WORK, read_manifest, shard_paths, verify
-from gftdata.status import read_status
+from gftdata.status import TASKS, read_status
 from gftdata.store import FolderStore
 from gftdata.tasks import Stopped, Task, find_task, owned, stop_on_signals
 
@@ -232,6 +232,34 @@ def test_copies_of_a_task_at_the_same_time(settings: Settings, alone: Path, tmp_
     for process in processes:
         process.join()
         assert process.exitcode == 0
+    assert verify(out) == []
+    assert_same(out, alone)
+
+
+def test_a_copy_that_is_overtaken_ends_well(
+    settings: Settings, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has finished the data set and put away prompts and journals, which this one goes on to read."""
+    out, draw, missed = tmp_path / "data", generation.draw, []
+    data = settings(out, engine={"device": "cpu", "batch_size": 1})
+
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        try:
+            for number, shard in enumerate(draw(*args, **kwargs)):
+                yield shard
+                if number == 0:
+                    other = start(data, Task(0, 1, "test"))
+                    other.join()
+                    assert other.exitcode == 0
+        except FileNotFoundError as error:
+            missed.append(error)
+            raise
+
+    monkeypatch.setattr(generation, "draw", overtaken)
+    assert generate(config_of(data), task=Task(0, 1, "test")) == read_manifest(out)
+    assert missed, "it had all its prompts already, and was not overtaken"
+    states = [json.loads(path.read_bytes())["state"] for path in (out / TASKS).iterdir()]
+    assert states == ["done", "done"]
     assert verify(out) == []
     assert_same(out, alone)
 

@@ -16,7 +16,8 @@ demo: .venv/installed
 	$(BIN)/gft demo
 
 test: .venv/smollm2
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang

@@ -29,6 +29,11 @@ CHATML = (
 CORPUS = ["What is 12+34? The answer is 46.", "user assistant system", "Let x be one of the numbers. Then x = 7."]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: with several workers the last test is waited for by all."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """samples/demo: `model` and train, eval, subtraction and reversal.jsonl."""

@@ -5,8 +5,6 @@ for is counted and said. What the rows look like: `layouts.py`.
 """
 
 import difflib
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from gftdata.layouts import FORMATS, Candidate, ExportOptions, GroupRow, rows_of
 from gftdata.locations import DataSet, open_data
 from gftdata.schema import check_schema
 from gftdata.shards import check_writable
-from gftdata.store import fsync_folder
+from gftdata.store import replacing
 from gftdata.tokens import NO_TEMPLATE_HASH
 from gftdata.types import EXPERT, TEACHER_PREFIX
 
@@ -192,25 +190,18 @@ def _without_null(kind: pa.DataType) -> pa.DataType:
 def _write(
     rows: Iterable[dict[str, Any]], schema: pa.Schema, path: Path, data: str, left_out: Mapping[str, int]
 ) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged, num_rows = path.with_name(f".{path.name}.{uuid.uuid4().hex}"), 0
+    num_rows = 0
     try:
-        with staged.open("wb") as file:
+        with replacing(path) as file:
             with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for batch in _batches(rows):
                     writer.write_table(pa.Table.from_pylist(batch, schema))
                     num_rows += len(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        if not num_rows:
-            reasons = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
-            raise UserError(f"{data}: nothing of it can be exported so ({reasons}); ask for less")
-        staged.replace(path)
-        fsync_folder(path.parent)
+            if not num_rows:
+                reasons = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+                raise UserError(f"{data}: nothing of it can be exported so ({reasons}); ask for less")
     except pa.ArrowException as error:
         raise UserError(f"{data}: Parquet cannot hold its rows as they are: {first_line(error)}") from None
-    finally:
-        staged.unlink(missing_ok=True)
     return num_rows
 
 

@@ -19,6 +19,7 @@ from gftdata.config import (
     TeacherEngineConfig,
 )
 from gftdata.errors import UserError, first_line
+from gftdata.hub import failures
 from gftdata.locations import checked_shards, is_remote, open_data
 from gftdata.prompts import hub_rows
 
@@ -112,7 +113,7 @@ def fetch(wanted: Wanted) -> None:
         names = [name for name, _, _ in _model_files(wanted)]
         try:
             snapshot_download(wanted.name, allow_patterns=names)
-        except _failures() as error:
+        except failures() as error:
             _fail(wanted, error)
 
 
@@ -130,7 +131,7 @@ def _model_files(wanted: Wanted) -> list[tuple[str, int, bool]]:
                 found = snapshot_download(
                     wanted.name, allow_patterns=list(patterns), ignore_patterns=list(SUBFOLDERS), dry_run=True
                 )
-        except _failures() as error:
+        except failures() as error:
             _fail(wanted, error)
         assert isinstance(found, list)
         files = [(file.filename, file.file_size or 0, file.is_cached) for file in found]
@@ -156,7 +157,7 @@ def _size_prompts(wanted: Wanted) -> Sized:
                 )
                 total += num_bytes
                 missing += 0 if isinstance(cached, str) else num_bytes
-    except (*_failures(), datasets.exceptions.DatasetsError) as error:
+    except (*failures(), datasets.exceptions.DatasetsError) as error:
         _fail(wanted, error)
     return Sized(wanted, total, missing)
 
@@ -168,12 +169,6 @@ def _size_groups(wanted: Wanted) -> Sized:
         with shard.peek() as opened:
             missing += 0 if isinstance(opened, Path) else shard.record.bytes
     return Sized(wanted, sum(shard.record.bytes for shard in data.shards), missing)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    import httpx2
-
-    return OSError, ValueError, RuntimeError, httpx2.HTTPError  # huggingface_hub's own errors are of these
 
 
 def _fail(wanted: Wanted, error: Exception) -> NoReturn:

@@ -13,22 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from gftdata import groups as grouping
 from gftdata.config import EngineConfig, GenerateConfig, OpenaiConfig, ServerConfig, SglangConfig
 from gftdata.errors import UserError
 from gftdata.events import Event, Listener
-from gftdata.extend import Key, carried_keys, carried_responses, drawn_counts
+from gftdata.extend import Key, carried_keys, carried_responses
+from gftdata.finalize import ENGINES, finalize, read_final
 from gftdata.journal import JOURNAL, Journal, entry_of, open_journal, read_journal
 from gftdata.judging import Submit, open_judges
-from gftdata.models import shareable, shown_name
+from gftdata.models import shown_name
 from gftdata.prepare import (
-    PROMPTS,
     Phase,
     Plan,
     ShardPrompt,
@@ -41,28 +39,19 @@ from gftdata.prepare import (
     shard_prompts,
     writing,
 )
-from gftdata.schema import SCHEMA_VERSION, groups_to_table
+from gftdata.schema import groups_to_table
 from gftdata.shards import (
     DATA,
-    FORMAT,
-    MANIFEST,
     QUARANTINE,
     WORK,
     Manifest,
-    ShardRecord,
-    all_records,
-    package_versions,
-    parse_manifest,
     publish_shard,
     published,
     shard_name,
     shard_record,
-    toolkit_version,
-    write_manifest,
 )
 from gftdata.status import reporting
-from gftdata.store import STAGED, Store, open_store
-from gftdata.summary import summarise
+from gftdata.store import Store, open_store
 from gftdata.tasks import Task, new_attempt, owned
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import (
@@ -79,7 +68,6 @@ from gftdata.types import (
 if TYPE_CHECKING:
     from gftdata.engines.protocol import Engine, Sampler, Scorer
 
-ENGINES = f"{WORK}/engines"  # a file for each version of the engine that scored
 NO_IDS = np.empty(0, np.int32)
 FEW = 4  # groups of a last, short shard that may all be beyond scoring
 MAX_REFUSALS = 32  # one after the other, without an answer between: not the prompts are to blame
@@ -118,14 +106,6 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None, ta
         if len(published(store, plan.num_shards)) < plan.num_shards:
             return None
         return finalize(store, plan)
-
-
-def read_final(store: Store) -> Manifest | None:
-    """The manifest of an output that is finished."""
-    try:
-        return parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
-    except FileNotFoundError:
-        return None
 
 
 def _make_shards(
@@ -488,75 +468,6 @@ def give_up(store: Store, failures: Mapping[str, str], num_scored: int, on_event
     for prompt_id, reason in failures.items():
         quarantine(store, prompt_id, "reference", reason)
         on_event(Event("quarantined", "reference"))
-
-
-def finalize(store: Store, plan: Plan | None = None) -> Manifest:
-    """Check that every prompt is there or accounted for, gather the commit records, and mark the data set final.
-
-    Two may be at it at the same time: they write the same. Raises UserError where something is missing.
-    """
-    if (manifest := read_final(store)) is not None:
-        return manifest
-    plan = plan or read_plan(store)
-    if plan is None:
-        raise UserError(f"{store.location}: not an output of gft generate, or not begun yet")
-    records = all_records(store, plan.num_shards)
-    refused: set[str] = set()
-    try:
-        summary = summarise(_checked(store, plan, records, refused))
-    except FileNotFoundError:
-        if (manifest := read_final(store)) is not None:  # another task was faster, and has put away the prompts
-            return manifest
-        raise UserError(
-            f"{store.location}: was finished before, and its {MANIFEST} is gone; put that file back, or name another "
-            "folder (out)"
-        ) from None
-    if refused:
-        entries = [store.read(f"{WORK}/{QUARANTINE}/{prompt_id}.json").decode() for prompt_id in sorted(refused)]
-        store.write(f"{QUARANTINE}.jsonl", "".join(f"{entry}\n" for entry in entries).encode())
-    drawn_by_teachers = {source: count for source, count in drawn_counts(plan.recipe).items() if source != SELF}
-    expected = sum(drawn_by_teachers.values()) * summary.groups
-    found = sum(source.responses for source in summary.sources if source.source in drawn_by_teachers)
-    manifest = Manifest(
-        format=FORMAT,
-        schema_version=SCHEMA_VERSION,
-        toolkit_version=toolkit_version(),
-        recipe=shareable(plan.recipe),
-        models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
-        tokenizer=plan.tokenizer,
-        engine="; ".join(sorted(store.read(f"{ENGINES}/{name}").decode() for name in store.names(ENGINES))),
-        packages=package_versions(),
-        prompts=plan.prompts,
-        prompts_quarantined=len(refused),
-        teacher_samples_left_out=expected - found,
-        derived=plan.derived,
-        summary=summary,
-        shards=records,
-    )
-    write_manifest(store, manifest)
-    for folder in (JOURNAL, PROMPTS, STAGED):
-        store.remove(folder)
-    return manifest
-
-
-def _checked(store: Store, plan: Plan, records: Sequence[ShardRecord], refused: set[str]) -> Iterator[Path]:
-    """The files of the shards, each compared with its prompts; into `refused` go the prompts that were given up.
-
-    A prompt that one copy of a task gave up may be in the shard that another has published: it is there, then.
-    """
-    given_up = quarantined(store)
-    for shard, record in enumerate(records):
-        planned = {item.prompt.prompt_id for item in shard_prompts(store, plan, shard)}
-        with store.local(f"{DATA}/{record.name}") as path:
-            there = set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist())
-            if there - planned or planned - there - given_up:
-                raise UserError(
-                    f"{store.location}/{DATA}/{record.name}: lacks {len(planned - there - given_up)} of its prompts "
-                    f"and has {len(there - planned)} that are not its own; delete it and its record in {WORK}/records, "
-                    "then give the command that made it again"
-                )
-            refused |= planned - there
-            yield path
 
 
 def open_sampler(phase: Phase, tokenizer: Tokenizer | None) -> "Sampler":

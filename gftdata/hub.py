@@ -1,7 +1,7 @@
 """What pushing to the Hub and pulling from it share: names, listings, what its errors mean.
 
 Credentials come from the environment (HF_TOKEN, or what `hf auth login` has stored) and are in no message. To read a
-data set of the Hub without a copy of one's own: locations.py.
+data set of the Hub without a copy of one's own: locations.py, which says the same of errors.
 """
 
 import logging
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gftdata.errors import UserError, first_line, quoted
-from gftdata.locations import FULL
 from gftdata.shards import QUARANTINE
+from gftdata.store import FULL
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
@@ -78,7 +78,7 @@ def listed_files(api: "HfApi", repo: str, commit: str, names: Sequence[str]) -> 
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises: its own errors are of these, those of Xet and of uploads are RuntimeErrors."""
+    """What the Hub's clients raise: their own errors are of these, those of Xet and of uploads are RuntimeErrors."""
     import httpx2
 
     return OSError, ValueError, httpx2.HTTPError, RuntimeError
@@ -93,21 +93,25 @@ def said_in_one_line(repo: str, command: Literal["push", "pull"], revision: str 
         raise UserError(f"{repo}: {_explained(error, repo, command, revision)}") from None
 
 
-def _explained(error: Exception, repo: str, command: Literal["push", "pull"], revision: str | None) -> str:
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def not_there(error: Exception, revision: str | None) -> str | None:
+    """What to say where the Hub has no such data set or revision; None where it is another error."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # which says what was wrong
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has no revision {revision} of it"
     if isinstance(error, RepositoryNotFoundError):
         return "the Hub has no such data set, or not for you: check the name, and HF_TOKEN where it is private"
+    return None
+
+
+def _explained(error: Exception, repo: str, command: Literal["push", "pull"], revision: str | None) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # which says what was wrong
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if said := not_there(error, revision):
+        return said
     if status == 401:
         return "the Hub does not know HF_TOKEN: set it to a token from https://huggingface.co/settings/tokens"
     if status == 403:

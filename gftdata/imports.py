@@ -8,8 +8,6 @@ puts it back. The other direction: `exports.py`.
 
 import difflib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -20,6 +18,7 @@ from typing import Any
 from gftdata.errors import UserError
 from gftdata.prompts import file_rows, hub_rows
 from gftdata.shards import check_writable, write_atomic
+from gftdata.store import replacing
 
 LAYOUTS = ("authors", "verl")
 
@@ -86,38 +85,30 @@ def import_prompts(
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     most_texts = 0
-    out.mkdir(parents=True, exist_ok=True)
-    staged = out / f".{PROMPTS}.{uuid.uuid4().hex}"
-    try:
-        with staged.open("wb") as file:
-            for number, row in enumerate(rows, start=1):
-                counts["read"] = number
-                if number == 1:
-                    _check_columns(row, places, f"{source}: row 1")
-                if reason := unusable(row):
-                    left_out[reason] += 1
-                    continue
-                made = prompt_row(row, places)
-                line = _json_line(made, f"{source}: row {number}")
-                if line is None:
-                    left_out["with half of a surrogate pair in a text"] += 1
-                    continue
-                file.write(line)
-                texts = _num_texts(made["teacher"])
-                most_texts = max(most_texts, texts)
-                counts["rows"] += 1
-                counts["expert"] += _num_texts(made["expert"]) > 0
-                counts["teacher"] += texts
-                counts["instructed"] += made["prompt"][-1]["content"].endswith(INSTRUCTION)
-                counts["no truth"] += made["ground_truth"] is None
-            if not counts["rows"]:
-                reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-                raise UserError(f"{source}: no row of it can be a prompt ({reasons or 'it has none'})")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(prompts)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(prompts) as file:
+        for number, row in enumerate(rows, start=1):
+            counts["read"] = number
+            if number == 1:
+                _check_columns(row, places, f"{source}: row 1")
+            if reason := unusable(row):
+                left_out[reason] += 1
+                continue
+            made = prompt_row(row, places)
+            line = _json_line(made, f"{source}: row {number}")
+            if line is None:
+                left_out["with half of a surrogate pair in a text"] += 1
+                continue
+            file.write(line)
+            texts = _num_texts(made["teacher"])
+            most_texts = max(most_texts, texts)
+            counts["rows"] += 1
+            counts["expert"] += _num_texts(made["expert"]) > 0
+            counts["teacher"] += texts
+            counts["instructed"] += made["prompt"][-1]["content"].endswith(INSTRUCTION)
+            counts["no truth"] += made["ground_truth"] is None
+        if not counts["rows"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+            raise UserError(f"{source}: no row of it can be a prompt ({reasons or 'it has none'})")
     imported = Imported(
         prompts=prompts,
         config=config,

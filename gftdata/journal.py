@@ -80,15 +80,15 @@ class Journal(Protocol):
 def open_journal(store: Store, attempt: str) -> Journal:
     """The journal of an attempt, whose name no other one has."""
     if isinstance(store, FolderStore):
-        return FileJournal(store.folder / JOURNAL, attempt)
+        return FileJournal(store.folder, attempt)
     return SegmentJournal(store, attempt)
 
 
 class FileJournal:
     """Appends entries; each is with the operating system when `append` returns, so a killed process loses none."""
 
-    def __init__(self, folder: Path, attempt: str) -> None:
-        self._folder = folder
+    def __init__(self, out: Path, attempt: str) -> None:
+        self._out = out
         self._attempt = attempt
         self._files: dict[int, int] = {}
 
@@ -111,7 +111,7 @@ class FileJournal:
             self.close_shard(shard)
 
     def _path(self, shard: int) -> Path:
-        return self._folder / shard_name(shard) / f"{self._attempt}.jsonl"
+        return self._out / shard_folder(shard) / f"{self._attempt}.jsonl"
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
@@ -175,20 +175,21 @@ class SegmentJournal:
         if not (lines := self._lines.get(shard)):
             return
         names = self._written.setdefault(shard, [])
-        name = f"{JOURNAL}/{shard_name(shard)}/{self._attempt}.{len(names):05d}.jsonl"
+        name = f"{shard_folder(shard)}/{self._attempt}.{len(names):05d}.jsonl"
         self._store.write(name, b"".join(lines))
         names.append(name)
         del self._lines[shard]
 
 
-def shard_name(shard: int) -> str:
-    return f"{shard:05d}"
+def shard_folder(shard: int) -> str:
+    """Where the journals of a shard are."""
+    return f"{JOURNAL}/{shard:05d}"
 
 
 def read_journal(store: Store, shard: int) -> dict[tuple[str, int, int], Entry]:
     """All entries of a shard, over all attempts; of a sample that two attempts drew, the first."""
     entries: dict[tuple[str, int, int], Entry] = {}
-    folder = f"{JOURNAL}/{shard_name(shard)}"
+    folder = shard_folder(shard)
     for name in store.names(folder):
         try:
             content = store.read(f"{folder}/{name}")

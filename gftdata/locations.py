@@ -9,7 +9,6 @@ from the environment (HF_TOKEN, HF_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL
 What is in the files is shards.py's and schema.py's.
 """
 
-import errno
 import fcntl
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from gftdata.errors import UserError, first_line, quoted
+from gftdata.hub import failures, not_there
 from gftdata.shards import (
     DATA,
     MANIFEST,
@@ -40,11 +40,10 @@ from gftdata.shards import (
     shard_problems,
     verify,
 )
-from gftdata.store import S3, fsync_folder, open_s3, open_store, s3_failed
+from gftdata.store import FULL, S3, fsync_folder, open_s3, open_store, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 CONNECTIONS = 16  # shards whose short columns are read at the same time: remote ones cost waiting, not work
-FULL = (errno.ENOSPC, errno.EDQUOT)
 TRIES = 2  # downloads of a shard that came with the wrong content
 
 
@@ -170,20 +169,12 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
 
     The revision is turned into a commit once, so that a push in the middle of a run changes nothing.
     """
-    import httpx2
     from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fail(error: Exception, where: str) -> NoReturn:
-        if isinstance(error, RevisionNotFoundError):
-            said = f"the Hub has no revision {revision} of it"
-        elif isinstance(error, RepositoryNotFoundError):
-            said = "the Hub has no such data set, or not for you: check the name, and HF_TOKEN where it is private"
+        if found := not_there(error, revision):
+            said = found
         elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             said = "the Hub has no such file: not a finished data set of gft generate"
         else:
@@ -194,12 +185,10 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
             )
         raise UserError(f"{where}: {said}") from None
 
-    failures = (OSError, ValueError, httpx2.HTTPError)  # its own errors are of these, Xet's are RuntimeErrors
-
     def download(name: str, commit: str | None, where: str, again: bool = False) -> Path:
         try:
             return Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit, force_download=again))
-        except (*failures, RuntimeError) as error:
+        except failures() as error:
             fail(error, where)
 
     path = download(MANIFEST, revision, f"{location}/{MANIFEST}")
@@ -215,7 +204,7 @@ def _open_hub(location: str, repo: str, revision: str | None) -> DataSet:
         try:
             with files.open(f"datasets/{repo}@{commit}/{name}", cache_type="none") as opened:
                 yield opened
-        except failures as error:
+        except failures() as error:
             fail(error, where)
 
     def fetch(name: str, where: str, record: ShardRecord) -> Path:
@@ -232,11 +221,11 @@ def _open_s3(location: str, path: str) -> DataSet:
     files = open_s3(location)
     from botocore.exceptions import BotoCoreError
 
-    failures = (OSError, BotoCoreError)
+    s3_failures = (OSError, BotoCoreError)
 
     try:
         manifest = parse_manifest(files.cat_file(f"{path}/{MANIFEST}"), f"{location}/{MANIFEST}")
-    except failures as error:
+    except s3_failures as error:
         s3_failed(error, f"{location}/{MANIFEST}")
 
     @contextmanager
@@ -247,14 +236,14 @@ def _open_s3(location: str, path: str) -> DataSet:
         try:
             with files.open(f"{path}/{name}", cache_type="none") as opened:
                 yield opened
-        except failures as error:
+        except s3_failures as error:
             s3_failed(error, where)
 
     def fetch(name: str, where: str, record: ShardRecord) -> Path:
         def download(target: Path) -> None:
             try:
                 files.get_file(f"{path}/{name}", str(target))
-            except failures as error:
+            except s3_failures as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 s3_failed(error, where)

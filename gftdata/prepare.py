@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -53,7 +53,7 @@ from gftdata.shards import (
     sha256_file,
     toolkit_version,
 )
-from gftdata.store import FolderStore, Store, open_store
+from gftdata.store import FolderStore, Store, hold, open_store
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import SELF, Message, Prompt, Sampling, TokenIds
 
@@ -278,19 +278,8 @@ def writing(store: Store, *, alone: bool) -> Iterator[None]:
 def _one_of_several(out: Path) -> Iterator[None]:
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (out / WORK / LOCK).open("w") as lock:
-        _hold(
-            lock, fcntl.LOCK_SH, f"{out}: a gft command that is not a task (--task i/n) is writing to it; wait for it"
-        )
+        hold(lock, fcntl.LOCK_SH, f"{out}: a gft command that is not a task (--task i/n) is writing to it; wait for it")
         yield
-
-
-def _hold(lock: IO[str], how: int, otherwise: str) -> None:
-    try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(otherwise) from None
-    except OSError:
-        return  # a file system without locks
 
 
 @contextmanager
@@ -302,7 +291,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     created = [folder for folder in (out / WORK, out, *out.parents) if not folder.exists()]  # innermost first
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (out / WORK / LOCK).open("w") as lock:
-        _hold(lock, fcntl.LOCK_EX, f"{out}: another gft command is writing to it; wait, or name another folder")
+        hold(lock, fcntl.LOCK_EX, f"{out}: another gft command is writing to it; wait, or name another folder")
         try:
             yield
         except BaseException:

@@ -29,7 +29,7 @@ from gftdata.shards import (
     verify,
     write_atomic,
 )
-from gftdata.store import fsync_folder
+from gftdata.store import fsync_folder, hold
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -161,10 +161,7 @@ def _pulling(folder: Path, repo: str) -> Iterator[Path]:
     staged = folder / WORK / PULL
     write_atomic(staged / f"{PULL}.json", json.dumps({"repo": repo}))
     with (staged / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another gft pull is writing to it; wait, or name another folder") from None
+        hold(lock, fcntl.LOCK_EX, f"{folder}: another gft pull is writing to it; wait, or name another folder")
         yield staged
         shutil.rmtree(staged, ignore_errors=True)
         with suppress(OSError):  # a data set made here has more in it

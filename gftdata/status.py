@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,7 +121,8 @@ def reporting(store: Store, name: str, task: Task, on_event: Listener) -> Iterat
     def end(state: Literal["done", "stopped", "failed"], reason: str) -> None:
         reporter.end()
         thread.join()
-        reporter.write(state, reason)
+        with suppress(UserError, OSError):  # what cannot be written any more does not hide why the work has ended
+            reporter.write(state, reason)
 
     try:
         yield reporter.on_event

@@ -5,6 +5,8 @@ two of them must not both do is a `create` or a `publish`, which exactly one of 
 when, is said in shards.py, journal.py, prepare.py and generate.py.
 """
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import IO, TYPE_CHECKING, BinaryIO, NoReturn, Protocol
 
 from gftdata.errors import UserError, quoted
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
 S3 = re.compile(r"s3://(?P<path>[^/\s]+(?:/\S+)?)")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 STAGED = ".work/staged"  # in a folder: files that are not yet what they are going to be
 
 
@@ -98,12 +101,16 @@ class FolderStore:
         return (self.folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        target = self.folder / name
-        self._stage(target, data).replace(target)
+        with replacing(self.folder / name) as file:
+            file.write(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        target = self.folder / name
-        return not target.exists() and self.publish(self._stage(target, data), name)
+        if self.exists(name):
+            return False
+        with self.staging() as folder:
+            staged = folder / uuid.uuid4().hex
+            staged.write_bytes(data)
+            return self.publish(staged, name)
 
     def publish(self, staged: Path, name: str) -> bool:
         target = self.folder / name
@@ -129,15 +136,6 @@ class FolderStore:
         with suppress(OSError):
             (self.folder / name).unlink()
 
-    def _stage(self, target: Path, data: bytes) -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return staged
-
 
 def _link(staged: Path, target: Path) -> bool:
     try:
@@ -151,6 +149,35 @@ def _link(staged: Path, target: Path) -> bool:
             return False
         staged.rename(target)
     return True
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when the block ends well. Ended otherwise, nothing is left of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with staged.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(target)
+        fsync_folder(target.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def hold(lock: IO[str], how: int, otherwise: str) -> None:
+    """Take a lock (fcntl.LOCK_EX or LOCK_SH) at once. Raises UserError with this text where another process has it.
+
+    On a file system without locks nothing is held: it keeps people from starting a thing twice, and no more.
+    """
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(otherwise) from None
+    except OSError:
+        return
 
 
 def fsync_folder(folder: Path) -> None:

@@ -105,10 +105,10 @@ def generate(
 def finalize(out: Output) -> None:
     """Check that every prompt is there, and mark the data set final. The last task of a job does it by itself."""
     from gftcli import show
-    from gftdata import generate as generation
+    from gftdata.finalize import finalize as mark_final
     from gftdata.store import open_store
 
-    manifest = generation.finalize(open_store(out))
+    manifest = mark_final(open_store(out))
     show.manifest(show.open_console(), out, manifest)
 
 

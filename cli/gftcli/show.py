@@ -145,13 +145,9 @@ def status(console: Console, out: str, found: "Status") -> None:
         )
     console.print(rows)
     for one in found.latest:
-        if one.state in ("failed", "stopped"):
-            line = f"{one.attempt.task}/{one.attempt.tasks} {one.state}: {one.attempt.reason}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-        elif one.state == "silent":
-            line = (
-                f"{one.attempt.task}/{one.attempt.tasks} has given no sign for {duration(one.seconds_since)}: killed?"
-            )
+        if one.state in ("failed", "stopped", "silent"):
+            said = one.attempt.reason or f"no sign for {duration(one.seconds_since)}: killed?"
+            line = f"{one.attempt.task}/{one.attempt.tasks} {one.state}: {said}"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     if found.earlier:
         console.print(f"{found.earlier:,} earlier attempts of these tasks", highlight=False)

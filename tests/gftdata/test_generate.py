@@ -417,7 +417,7 @@ def test_stopped_after_the_last_shard_only_the_manifest_is_written(
     config = small()
     events: Counter[str] = Counter()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("gftdata.generate.write_manifest", raise_interrupt)
+        patch.setattr("gftdata.finalize.write_manifest", raise_interrupt)
         generate(config, lambda event: events.update([event.kind]))
     out = Path(config.out)
     assert not (out / MANIFEST).exists()

@@ -101,6 +101,16 @@ def test_a_line_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:
         assert list(read_journal(tmp_path, 0)) == [one.key for one in entries[:2]], cut
 
 
+def test_what_another_machine_has_not_written_yet_is_passed_over(tmp_path: Path) -> None:
+    """On a shared file system a file may be as long as it will be, with zeros where something is still on its way."""
+    path = write(tmp_path, [entry(index=k) for k in range(3)])
+    whole = path.read_bytes()
+    start = whole.index(b"\n") + 1
+    for begin, end in ((start, start + 20), (start + 5, len(whole) - 9), (start, len(whole))):
+        path.write_bytes(whole[:begin] + bytes(end - begin) + whole[end:])
+        assert list(read_journal(tmp_path, 0)) == [("self", 0, 0)]
+
+
 def test_the_next_attempt_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     path = write(tmp_path, [entry(index=0), entry(index=1)])
     path.write_bytes(path.read_bytes()[:-3])

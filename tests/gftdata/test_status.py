@@ -151,6 +151,17 @@ def test_how_an_attempt_ended_is_in_its_file(
     assert (found.samples, found.tokens, len(heard)) == (5, 100, 6)
 
 
+def test_a_sign_that_cannot_be_written_does_not_hide_why_the_work_ended(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(Stopped, match="SIGTERM"), reporting(store, "1-a", Task(0, 1, "test"), lambda event: None):
+        monkeypatch.setattr(FolderStore, "write", full)
+        raise Stopped("SIGTERM")
+
+
 def test_a_running_attempt_gives_signs_and_rates(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gftdata.status.BEAT_S", 0.05)
 

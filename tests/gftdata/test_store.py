@@ -22,7 +22,8 @@ from moto.server import ThreadedMotoServer
 from gftdata import journal as journals
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
-from gftdata.generate import finalize, generate
+from gftdata.finalize import finalize
+from gftdata.generate import generate
 from gftdata.journal import JOURNAL, Entry, open_journal, read_journal
 from gftdata.locations import checked_shards, open_data, read_index
 from gftdata.shards import DATA, WORK, read_manifest, verify

@@ -20,7 +20,8 @@ from gftdata import generate as generation
 from gftdata import prepare
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
-from gftdata.generate import finalize, generate
+from gftdata.finalize import finalize
+from gftdata.generate import generate
 from gftdata.prepare import read_plan
 from gftdata.shards import DATA, MANIFEST, WORK, read_manifest, shard_paths, verify
 from gftdata.status import TASKS, read_status

@@ -1,28 +1,13 @@
 """`gft rejudge`, `rescore`, `merge`, `filter` and `split` as a user meets them."""
 
-import hashlib
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-
-from gftcli import main as command
+from aid.commands import Gft, tree
 
 DEMO = Path(__file__).resolve().parents[2] / "samples" / "demo"
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Gft = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +32,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     generate(validate_config(GenerateConfig, settings, "test"))
     return folder
-
-
-@pytest.fixture
-def gft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gft:
-    """Run `gft ARGUMENTS` in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["gft", *map(str, arguments)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def done(gft: Gft, *arguments: str | Path, saying: tuple[str, ...] = ()) -> str:

@@ -1,44 +1,11 @@
 """`gft import` and `gft export`: what they print, and that mistakes end in one line."""
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from gftcli import main as command
+from aid.commands import Gft
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Gft = Callable[..., Result]
-
-
-@pytest.fixture
-def gft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gft:
-    """Run `gft ARGUMENTS` in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["gft", *map(str, arguments)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
 
 
 def rows(count: int) -> str:

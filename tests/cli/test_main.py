@@ -1,58 +1,18 @@
 """The command as a user meets it: help without heavy imports, dry runs, and mistakes that end in one line."""
 
-import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-
-from gftcli import main as command
+from aid.commands import Gft, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "samples" / "demo"
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Gft = Callable[..., Result]
-
-
-@pytest.fixture
-def gft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gft:
-    """Run `gft ARGUMENTS` in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["gft", *map(str, arguments)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its content's hash; folders too, so that an empty one is seen."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def refused(gft: Gft, *arguments: str | Path, saying: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
+from aid.bucket import BUCKET, SECRET
 
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
@@ -28,7 +28,6 @@ from gftdata.schema import parquet_options
 from gftdata.shards import Index, read_manifest, sha256_file, shard_paths
 from gftdata.shards import read_index as read_local_index
 
-BUCKET, SECRET = "groups", "a-secret-key-of-this-test"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import json, sys
@@ -84,35 +83,12 @@ def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
     return folder / "data"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """A real S3 server."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def stored(endpoint: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s3fs.S3FileSystem:
-    """The data set at s3://groups/made/data, our cache empty, and everything else in the environment, as users do."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "GFT_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    files.makedirs(BUCKET, exist_ok=True)
+def stored(s3: s3fs.S3FileSystem, data: Path) -> s3fs.S3FileSystem:
+    """The data set at s3://groups/made/data, and our cache empty."""
     for path in [data / "manifest.json", *(data / "data").iterdir()]:
-        files.put_file(str(path), f"{BUCKET}/made/data/{path.relative_to(data)}")
-    return files
+        s3.put_file(str(path), f"{BUCKET}/made/data/{path.relative_to(data)}")
+    return s3
 
 
 S3_DATA = f"s3://{BUCKET}/made/data"

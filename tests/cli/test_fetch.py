@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent / "aid"))
-from download_hub import DownloadHub
+from aid.download_hub import DownloadHub
 
 from gftdata.config import GenerateConfig, load_config
 from gftdata.generate import generate

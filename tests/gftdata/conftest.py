@@ -1,4 +1,4 @@
-"""A real S3 server."""
+"""A small data set, and a real S3 server."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,13 @@ import s3fs
 from aid.bucket import BUCKET, SECRET
 from moto.server import ThreadedMotoServer
 
+from gftdata.config import GenerateConfig, validate_config
+from gftdata.generate import generate
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """A real S3 server."""
+    """A small data set, and a real S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -37,3 +40,24 @@ def s3(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s3fs.S
     files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     files.makedirs(BUCKET, exist_ok=True)
     return files
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
+    """24 groups of 1 expert and 3 self responses, in 3 shards of 2 row groups."""
+    folder = tmp_path_factory.mktemp("made")
+    settings = {
+        "model": str(demo / "model"),
+        "out": str(folder / "data"),
+        "prompts": {
+            "path": str(demo / "train.jsonl"),
+            "columns": {"ground_truth": "answer", "expert": "expert"},
+            "limit": 24,
+        },
+        "reward": {"name": "numeric", "workers": 1},
+        "responses": {"self": {"count": 3}, "max_tokens": 48},
+        "shards": {"groups_per_shard": 8, "row_group_size": 4},
+        "engine": {"device": "cpu"},
+    }
+    generate(validate_config(GenerateConfig, settings, "test"))
+    return folder / "data"

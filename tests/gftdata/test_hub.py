@@ -14,35 +14,12 @@ from typing import Any
 import pytest
 from aid.fake_hub import READ, WRITE, FakeHub, Repo
 
-from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
-from gftdata.generate import generate
 from gftdata.hub import repo_name
 from gftdata.shards import read_manifest, verify
 
 REPO = "someone/sums"
 NO_WAITING = "import time; time.sleep = lambda seconds: None\n"  # the client waits longer after each failure
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
-    """24 groups of 1 expert and 3 self responses, in 3 shards."""
-    folder = tmp_path_factory.mktemp("hub")
-    settings = {
-        "model": str(demo / "model"),
-        "out": str(folder / "data"),
-        "prompts": {
-            "path": str(demo / "train.jsonl"),
-            "columns": {"ground_truth": "answer", "expert": "expert"},
-            "limit": 24,
-        },
-        "reward": {"name": "numeric", "workers": 1},
-        "responses": {"self": {"count": 3}, "max_tokens": 48},
-        "shards": {"groups_per_shard": 8, "row_group_size": 4},
-        "engine": {"device": "cpu"},
-    }
-    generate(validate_config(GenerateConfig, settings, "test"))
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Data sets by location: an object store (moto's S3 server) and the Hub (its few endpoints, served here)."""
+"""Data sets by location: an object store (moto's S3 server) and the Hub (its few endpoints, served on this machine)."""
 
 import errno
 import json
@@ -7,9 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 from aid.bucket import BUCKET, SECRET
+from aid.download_hub import COMMIT, DownloadHub
 
-from gftdata.config import GenerateConfig, validate_config
+from gftdata.config import validate_config
 from gftdata.errors import UserError
-from gftdata.generate import generate
 from gftdata.locations import checked_shards, open_data, read_index, verify_data
 from gftdata.schema import parquet_options
 from gftdata.shards import Index, read_manifest, sha256_file, shard_paths
 from gftdata.shards import read_index as read_local_index
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
 import json, sys
 from gftdata.errors import UserError
@@ -60,27 +57,6 @@ def counted(self, source, target):
     whole(self, source, target)
 s3fs.S3FileSystem.get_file = counted
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
-    """24 groups of 1 expert and 3 self responses, in 3 shards of 2 row groups."""
-    folder = tmp_path_factory.mktemp("locations")
-    settings = {
-        "model": str(demo / "model"),
-        "out": str(folder / "data"),
-        "prompts": {
-            "path": str(demo / "train.jsonl"),
-            "columns": {"ground_truth": "answer", "expert": "expert"},
-            "limit": 24,
-        },
-        "reward": {"name": "numeric", "workers": 1},
-        "responses": {"self": {"count": 3}, "max_tokens": 48},
-        "shards": {"groups_per_shard": 8, "row_group_size": 4},
-        "engine": {"device": "cpu"},
-    }
-    generate(validate_config(GenerateConfig, settings, "test"))
-    return folder / "data"
 
 
 @pytest.fixture
@@ -346,80 +322,23 @@ def test_s3_errors_are_one_line_without_secrets(
 # ---- the Hub
 
 
-class Hub:
-    """The endpoints of the Hub that a data set is read through; counts what is asked for."""
-
-    def __init__(self, folder: Path, repo: str, revision: str) -> None:
-        self.asked: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                if path == f"/api/datasets/{repo}/revision/{COMMIT}":
-                    self.answer(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-                elif path == f"/api/datasets/{repo}/tree/{COMMIT}/data":
-                    entries = [(f"data/{file.name}", file.stat().st_size) for file in (folder / "data").iterdir()]
-                    found = [{"type": "file", "path": name, "size": size, "oid": "x"} for name, size in entries]
-                    self.answer(json.dumps(found).encode())
-                elif match := re.fullmatch(rf"/datasets/{repo}/resolve/(?:{revision}|{COMMIT})/(.+)", path):
-                    self.file(match[1])
-                else:
-                    self.refuse("RevisionNotFound" if path.startswith(f"/datasets/{repo}/") else "RepoNotFound")
-
-            def file(self, name: str) -> None:
-                if not (folder / name).is_file():
-                    self.refuse("EntryNotFound")
-                    return
-                content, status, headers = (folder / name).read_bytes(), 200, {"X-Repo-Commit": COMMIT}
-                headers["ETag"] = f'"{sha256_file(folder / name)}"'
-                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                if asked:
-                    end = int(asked[2] or len(content) - 1)
-                    headers["Content-Range"] = f"bytes {asked[1]}-{end}/{len(content)}"
-                    content, status = content[int(asked[1]) : end + 1], 206
-                hub.asked.append(f"{self.command} {name}{' range' if asked else ''}")
-                self.answer(content, status, headers)
-
-            def refuse(self, code: str) -> None:
-                self.answer(b"", 404, {"X-Error-Code": code})
-
-            def answer(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
-def hub(copy: Path) -> Iterator[Hub]:
-    hub = Hub(copy, "some/groups", "main")
+def hub(copy: Path, tmp_path: Path) -> Iterator[DownloadHub]:
+    """It has some/groups."""
+    (tmp_path / "served" / "datasets" / "some").mkdir(parents=True)
+    (tmp_path / "served" / "datasets" / "some" / "groups").symlink_to(copy)
+    hub = DownloadHub(tmp_path / "served")
     yield hub
     hub.stop()
 
 
-def from_hub(hub: Hub, home: Path, location: str, mode: str, offline: bool = False) -> str:
+def from_hub(hub: DownloadHub, home: Path, location: str, mode: str, offline: bool = False) -> str:
     """What FETCH prints. In a process of its own: the endpoint is read when huggingface_hub is imported."""
     done = python(
         FETCH,
         location,
         mode,
-        HF_ENDPOINT=f"http://127.0.0.1:{hub.server.server_port}",
+        HF_ENDPOINT=hub.url,
         HF_HOME=str(home),
         HF_HUB_CACHE=str(home / "hub"),
         HF_HUB_OFFLINE=str(int(offline)),
@@ -428,7 +347,7 @@ def from_hub(hub: Hub, home: Path, location: str, mode: str, offline: bool = Fal
     return done.stdout or done.stderr.strip().splitlines()[-1]
 
 
-def test_the_hub_online_and_then_offline_from_its_cache(hub: Hub, copy: Path, tmp_path: Path) -> None:
+def test_the_hub_online_and_then_offline_from_its_cache(hub: DownloadHub, copy: Path, tmp_path: Path) -> None:
     location, home = "hf://datasets/some/groups", tmp_path / "home"
     expected = {"groups": 24, "shards": [record.sha256 for record in read_manifest(copy).shards]}
     assert "not given it" in from_hub(hub, home, location, "plan", offline=True) and not hub.asked
@@ -445,7 +364,7 @@ def test_the_hub_online_and_then_offline_from_its_cache(hub: Hub, copy: Path, tm
     assert len(hub.asked) == asked
 
 
-def test_what_the_hub_does_not_have(hub: Hub, copy: Path, tmp_path: Path) -> None:
+def test_what_the_hub_does_not_have(hub: DownloadHub, copy: Path, tmp_path: Path) -> None:
     location, home = "hf://datasets/some/groups", tmp_path / "home"
     assert "no such data set, or not for you" in from_hub(hub, home, "hf://datasets/some/thing", "plan")
     assert f"{location}@v2/manifest.json: the Hub has no revision v2" in from_hub(hub, home, f"{location}@v2", "plan")
@@ -453,7 +372,7 @@ def test_what_the_hub_does_not_have(hub: Hub, copy: Path, tmp_path: Path) -> Non
     damage(damaged)
     said = from_hub(hub, home, location, "fetch")
     assert said.startswith(f"UserError: {location}/data/{damaged.name}: damaged or changed: downloaded 2 times, sha256")
-    assert hub.asked.count(f"GET data/{damaged.name}") == 2
+    assert sum(asked.startswith("GET") and asked.endswith(f"/data/{damaged.name}") for asked in hub.asked) == 2
     (copy / "manifest.json").unlink()
     assert "no such file: not a finished data set" in from_hub(hub, tmp_path / "other", location, "plan")
 

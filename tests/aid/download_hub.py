@@ -1,6 +1,6 @@
 """A Hub on this machine: the endpoints through which models and data sets are sized and downloaded.
 
-`folder` holds models/<owner>/<name>/... and datasets/<owner>/<name>/...; every repository has one commit.
+`folder` holds models/<owner>/<name>/... and datasets/<owner>/<name>/...; every repository has one commit, on main.
 """
 
 import hashlib
@@ -31,12 +31,15 @@ class DownloadHub:
 
             def do_GET(self) -> None:
                 path = unquote(self.path.partition("?")[0])
-                hub.asked.append(f"{self.command} {path}")
+                hub.asked.append(f"{self.command} {path}{' range' if 'Range' in self.headers else ''}")
                 if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?", path):
                     self.api(match[1], match[2], match[3] or "")
-                elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-                    kind = "datasets" if match[1] else "models"
-                    self.file(folder / kind / match[2], match[3])
+                elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+                    root = folder / ("datasets" if match[1] else "models") / match[2]
+                    if root.is_dir() and match[3] not in ("main", COMMIT):
+                        self.refuse("RevisionNotFound")
+                    else:
+                        self.file(root, match[4])
                 else:
                     self.refuse("RepoNotFound")
 

@@ -1,5 +1,6 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
+# make test-faults  what breaks on purpose: a sample; make faults-full: all of it (hours)
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo test test-sglang test-cluster test-interchange check clean
+.PHONY: demo test test-faults faults-full test-sglang test-cluster test-interchange check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -17,7 +18,13 @@ demo: .venv/installed
 
 test: .venv/smollm2
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster
+	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster --ignore tests/faults
+
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist load tests/faults
+
+faults-full: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist load --timeout 7200 tests/faults --full
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang

@@ -4,50 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gftdata.config import load_config
-from gftdata.errors import UserError
 from gfttrain import evaluate as evaluation
 from gfttrain import train as training
 from gfttrain.config import EvalConfig, ObjectiveConfig, TrainConfig
-
-# The paper's methods and their neighbours, in its table's order; each is the same trainer with another objective.
-NAMES = (
-    "SFT",
-    "SFT (mix)",
-    "RFT",
-    "DFT",
-    "DFT + anchor",
-    "PSFT",
-    "GRPO (offline)",
-    "GFT w/o GAL",
-    "GFT w/o DCR",
-    "GFT (no mix)",
-    "GFT",
-)
-
-
-def objectives_folder() -> Path:
-    """`samples/objectives` of a checkout, or the copy that an installed package carries."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "objectives", here.parent / "samples" / "objectives"):
-        if (folder / "gft.yaml").is_file():
-            return folder
-    raise UserError("the objectives' configs are not installed; install gft-toolkit anew, or run it from a checkout")
-
-
-def folder_name(method: str) -> str:
-    """`GFT w/o DCR` -> gft-wo-dcr: the method's run folder, and its config in `objectives_folder`."""
-    kept = method.lower().replace("w/o", "wo").replace("(", "").replace(")", "").replace("+", "plus")
-    return "-".join(kept.split())
-
-
-def methods() -> dict[str, ObjectiveConfig]:
-    """Each method's objective, from its config, which is the one place where it is defined."""
-    folder = objectives_folder()
-    return {name: load_config(TrainConfig, folder / f"{folder_name(name)}.yaml").objective for name in NAMES}
-
-
-METHODS = methods()
+from gfttrain.presets import folder_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from gftdata.schema import table_to_groups
 from gftdata.shards import read_manifest, shard_paths
 from gftdata.types import Group
 from gfttrain.advantage import group_advantages
-from gfttrain.compare import METHODS, Listeners, Outcome, compare
+from gfttrain.compare import Listeners, Outcome, compare
 from gfttrain.config import EvalConfig, TrainConfig
+from gfttrain.presets import METHODS
 
 SHOWN = ("SFT", "DFT", "RFT", "GFT", "GFT w/o GAL", "GFT w/o DCR")
 PROBES = ("subtraction", "reversal")

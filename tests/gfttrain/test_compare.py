@@ -8,9 +8,10 @@ import pytest
 from training_helpers import DEMO, MODEL, make_index, train_settings
 
 from gftdata.config import validate_config
-from gfttrain.compare import METHODS, Listeners, compare, folder_name
+from gfttrain.compare import Listeners, compare
 from gfttrain.config import EvalConfig, ObjectiveConfig
 from gfttrain.plan import select
+from gfttrain.presets import METHODS, folder_name
 
 SOURCES = ("expert", "teacher:a", "teacher:b", "self", "self", "self")
 REWARDS = (1.0, 1.0, 0.0, 1.0, 0.0, None)

@@ -8,10 +8,10 @@ import torch
 from training_helpers import distance
 
 from gfttrain import head as fused
-from gfttrain.compare import METHODS
 from gfttrain.config import ObjectiveConfig
 from gfttrain.head import Head, fused_head
 from gfttrain.objective import token_losses
+from gfttrain.presets import METHODS
 
 OBJECTIVES = {**METHODS, "GFT + KL": ObjectiveConfig(kl_coef=0.1), "tau 0.2": ObjectiveConfig(tau=0.2)}
 HEADS = {

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM
 from gftdata.errors import UserError
 from gftdata.shards import Index, read_index, read_manifest, shard_paths
 from gfttrain.attention import NAME
-from gfttrain.compare import METHODS
 from gfttrain.config import ObjectiveConfig
 from gfttrain.distributed import alone
 from gfttrain.model import (
@@ -46,6 +45,7 @@ from gfttrain.model import (
 )
 from gfttrain.objective import token_losses
 from gfttrain.plan import Layout, Piece, Selection, select
+from gfttrain.presets import METHODS
 from gfttrain.stream import Example, ShardReader, collate, singles
 
 CPU = alone(torch.device("cpu"))

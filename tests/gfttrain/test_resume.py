@@ -18,8 +18,8 @@ from training_helpers import MODEL, ROOT, train_settings
 
 from gftdata.errors import UserError
 from gfttrain import metrics
-from gfttrain.compare import METHODS
 from gfttrain.config import TrainConfig
+from gfttrain.presets import METHODS
 from gfttrain.train import Event, train
 
 

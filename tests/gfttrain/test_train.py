@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gftdata.errors import UserError
 from gftdata.shards import read_index, read_manifest, shard_paths
 from gfttrain import train as training
-from gfttrain.compare import METHODS, folder_name
 from gfttrain.config import BatchConfig, ObjectiveConfig
 from gfttrain.plan import make_schedule, select
 from gfttrain.prepare import prepare
+from gfttrain.presets import METHODS, folder_name
 from gfttrain.runs import finished_model
 from gfttrain.train import Event, train
 

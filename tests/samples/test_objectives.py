@@ -9,8 +9,8 @@ import pytest
 
 from gftdata.config import GenerateConfig, load_config, load_settings
 from gftdata.generate import generate
-from gfttrain.compare import METHODS, folder_name, objectives_folder
 from gfttrain.config import TrainConfig
+from gfttrain.presets import METHODS, folder_name, objectives_folder
 from gfttrain.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -130,16 +130,15 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-class TrainConfig(BaseModel):
-    """All of `gft train`."""
+# Folders of gft generate, or hf://datasets/<id> and s3://<bucket>/<path>.
+Data = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class TrainSettings(BaseModel):
+    """How to train: what stays the same when objectives are compared."""
 
     model_config = STRICT
 
-    model: str  # the model that generated the data's self samples
-    data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]  # folders of gft generate, or
-    # hf://datasets/<id> and s3://<bucket>/<path>
-    out: str  # run folder
-    objective: ObjectiveConfig = ObjectiveConfig()
     filter: FilterConfig = FilterConfig()
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
@@ -157,6 +156,15 @@ class TrainConfig(BaseModel):
     reduce_once: bool = False  # several ranks: sum gradients once a step, not once a micro-batch; holds them whole
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
     evaluation: TrainEvalConfig | None = None
+
+
+class TrainConfig(TrainSettings):
+    """All of `gft train`."""
+
+    model: str  # the model that generated the data's self samples
+    data: Data
+    out: str  # run folder
+    objective: ObjectiveConfig = ObjectiveConfig()
     seed: int = 0
 
     def recipe(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from gftdata.errors import UserError
+from gftdata.formats import EXPERT_COLUMN, Format
 from gftdata.types import EXPERT, TEACHER_PREFIX, Sampling
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -91,6 +92,7 @@ class PromptsConfig(BaseModel):
     split: str = "train"
     reasoning_gym: ReasoningGymConfig | None = None  # or: a task generator
     reuse: str | None = None  # or: an earlier data set of response groups, folder or Hub id, with its responses
+    format: Format | None = None  # rows as GSM8K or MATH have them: question, ground truth and expert without `columns`
     columns: ColumnsConfig = ColumnsConfig()
     template: str | None = None  # e.g. "{question} Let's think step by step."
     system: str | None = None  # a system message put first
@@ -105,6 +107,7 @@ class PromptsConfig(BaseModel):
         if sum(x is not None for x in (self.path, self.dataset, self.reasoning_gym, self.reuse)) != 1:
             raise ValueError("name exactly one of path, dataset, reasoning_gym, reuse")
         unused = {
+            "format": self.format is not None,
             "columns": self.columns != ColumnsConfig(),
             "template": self.template is not None,
             "system": self.system is not None,
@@ -121,7 +124,17 @@ class PromptsConfig(BaseModel):
             raise ValueError("template must contain {question}")
         if self.template is not None and self.columns.messages is not None:
             raise ValueError("template applies to a question column, and columns.messages is set")
+        if self.format is not None and self.reasoning_gym is not None:
+            raise ValueError("format is of files and data sets; reasoning_gym has its own")
+        read = self.columns.model_dump(include={"question", "messages", "ground_truth", "expert"}, exclude_none=True)
+        if self.format is not None and read:
+            raise ValueError(f"format {self.format} reads the columns itself: {', '.join(read)} cannot be set")
         return self
+
+    @property
+    def expert_column(self) -> str | None:
+        """Where the expert demonstrations are."""
+        return EXPERT_COLUMN if self.format is not None else self.columns.expert
 
 
 class RewardConfig(BaseModel):
@@ -378,7 +391,7 @@ class GenerateConfig(BaseModel):
                 )
         if self.prompts.reuse is not None:
             return self
-        if self.responses.expert.count and self.prompts.columns.expert is None:
+        if self.responses.expert.count and self.prompts.expert_column is None:
             raise ValueError(
                 f"responses.expert.count is {self.responses.expert.count} but prompts.columns.expert names no column: "
                 "name it, or set the count to 0"

@@ -20,7 +20,7 @@ THINK_BEGIN, THINK_END = "<think>", "</think>"
 def given_origins(config: GenerateConfig) -> dict[str, tuple[str, int]]:
     """Source -> (where from, count) of the responses that come with the prompts: a column, or a reused source."""
     origins: dict[str, tuple[str, int]] = {}
-    expert = EXPERT if config.prompts.reuse else config.prompts.columns.expert
+    expert = EXPERT if config.prompts.reuse else config.prompts.expert_column
     if config.responses.expert.count and expert:
         origins[EXPERT] = expert, config.responses.expert.count
     for teacher in config.responses.teachers:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gftdata.config import PromptsConfig
 from gftdata.errors import UserError, first_line
+from gftdata.formats import GROUND_TRUTH, read_row
 from gftdata.quality import Occurrences
 from gftdata.reuse import reused_prompts
 from gftdata.store import open_store
@@ -182,7 +183,11 @@ def _to_prompt(
     config: PromptsConfig, given: Mapping[str, tuple[str, int]], row: Row, where: str, origin: str
 ) -> Prompt:
     columns = config.columns
-    truth_column = columns.ground_truth or ("answer" if config.reasoning_gym else None)
+    if config.format is not None:
+        row = read_row(config.format, row, where)
+    truth_column = (
+        GROUND_TRUTH if config.format else columns.ground_truth or ("answer" if config.reasoning_gym else None)
+    )
     extra_columns = (*columns.extra, *(["reasoning_gym"] if config.reasoning_gym else []))
     truth = cell(row, truth_column, where, "prompts.columns.ground_truth") if truth_column else None
     source_id = cell(row, columns.id, where, "prompts.columns.id") if columns.id else None

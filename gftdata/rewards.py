@@ -39,7 +39,7 @@ def _own_words(prompt: Prompt, text: str) -> str:
 _BRACES = re.compile(r"\\boxed\s*+\{|(?<!\\)[{}]")
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     r"""Content of the `\boxed{...}` that opens last among those that are closed; one pass."""
     opened: list[int] = []  # of each open brace: where its box's content starts, -1 for a plain brace
     start, end = -1, -1
@@ -100,7 +100,7 @@ def last_number(text: str) -> Decimal | Fraction | None:
     Fractions of integers are understood in a box, after `####` and as the whole text. None when there is no number or
     it has over 4,000 digits or 4 exponent digits. Linear in the length of the text.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None and (value := _pick(boxed, fractions=True)) is not None:
         return value
     _, marker, after = text.rpartition("####")
@@ -141,7 +141,7 @@ def chosen_letter(text: str) -> str | None:
 
     A bare A or I in running text is an article or a pronoun: it counts only as the whole text or at its end.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None and (match := _BOXED_LETTER.match(boxed.strip())):
         return match[1]
     if stated := _STATED_LETTER.findall(text):

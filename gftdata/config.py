@@ -237,7 +237,7 @@ TeacherEngineConfig = Annotated[
     | Annotated[OpenaiConfig, Tag("openai")],
     Discriminator(_engine_name),
 ]
-TAGGED = {("engine", name) for name in ("hf", "sglang", "server", "openai")}
+TAGGED = {(key, name) for key in ("engine", "reference_engine") for name in ("hf", "sglang", "server", "openai")}
 # What changes how an engine computes and not what: a run may continue with other values.
 COMPUTE_SETTINGS = {
     "batch_size",
@@ -265,6 +265,9 @@ COMPUTE_OPTIONS = {
     "disable_overlap_schedule",
     "log_level",
 }
+
+
+COMPUTED: dict[str, Any] = dict.fromkeys(COMPUTE_SETTINGS, True) | {"options": COMPUTE_OPTIONS}  # not in a recipe
 
 
 class TeacherConfig(BaseModel):
@@ -400,15 +403,14 @@ class GenerateConfig(BaseModel):
 
     def recipe(self) -> dict[str, Any]:
         """The settings that change the output; a run continues only where these are the same."""
-        engine: dict[str, Any] = dict.fromkeys(COMPUTE_SETTINGS, True) | {"options": COMPUTE_OPTIONS}
         return self.model_dump(
             mode="json",
             by_alias=True,
             exclude={
                 "out": True,
-                "engine": engine,
+                "engine": COMPUTED,
                 "reward": {"workers"},
-                "responses": {"teachers": {"__all__": {"engine": engine}}},
+                "responses": {"teachers": {"__all__": {"engine": COMPUTED}}},
             },
         )
 
@@ -420,6 +422,8 @@ def load_config(
     kind: type[Config], path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
 ) -> Config:
     """Read a YAML settings file, apply `a.b=value` overrides (the value is YAML) and `values` (as they are), validate.
+
+    In a list of named blocks the name says which: `responses.teachers.qwen.count=2`.
 
     Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a value
     of the wrong type.
@@ -486,11 +490,22 @@ def _differences(before: Any, now: Any, path: str) -> Iterable[tuple[str, Any, A
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
+    block: Any = data
     for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
+        block = _named(block, parent, key) if isinstance(block, list) else block.setdefault(parent, {})
+        if not isinstance(block, dict | list):
             raise UserError(f"--set {key}: `{parent}` is not a block of settings")
-    data[leaf] = value
+    if isinstance(block, list):
+        raise UserError(f"--set {key}: say what of `{leaf}` to set, as in {key}.KEY=VALUE")
+    block[leaf] = value
+
+
+def _named(blocks: list[Any], name: str, key: str) -> Any:
+    """The block of a list, such as teachers or benchmarks, that has this name."""
+    names = [block.get("name") if isinstance(block, dict) else None for block in blocks]
+    if name not in names:
+        raise UserError(f"--set {key}: nothing is named `{name}` there; there are: {', '.join(map(str, names))}")
+    return blocks[names.index(name)]
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -201,6 +201,17 @@ def read_journal(store: Store, shard: int) -> dict[tuple[str, int, int], Entry]:
 
 
 def _entries(content: bytes, where: str) -> Iterator[Entry]:
+    return (_decode(data) for data in checked_lines(content, where))
+
+
+def checked_line(data: Mapping[str, Any]) -> bytes:
+    """A line of a journal: a checksum and a JSON object."""
+    payload = json.dumps(data, ensure_ascii=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+
+
+def checked_lines(content: bytes, where: str) -> Iterator[dict[str, Any]]:
+    """What `checked_line` wrote; a torn last line is passed over. Raises UserError for a damaged one."""
     for number, line in enumerate(BytesIO(content), start=1):
         if not line.endswith(b"\n"):
             return  # torn: the sample it began is drawn again
@@ -209,12 +220,11 @@ def _entries(content: bytes, where: str) -> Iterator[Entry]:
             if b"\0" in line:  # on a shared file system: what another machine writes, not all of it here yet
                 return
             raise UserError(f"{where}: line {number} is damaged; delete this file to draw its samples again")
-        yield _decode(json.loads(payload))
+        yield json.loads(payload)
 
 
 def _line(entry: Entry) -> bytes:
-    payload = json.dumps(_encode(entry), ensure_ascii=True).encode()
-    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+    return checked_line(_encode(entry))
 
 
 def _encode(entry: Entry) -> dict[str, Any]:

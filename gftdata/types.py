@@ -3,7 +3,7 @@
 Prompt --engine--> Completion --reward, scorer--> Response --> Group
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NewType
 
 import numpy as np
@@ -15,6 +15,8 @@ LogProbs = npt.NDArray[np.float32]
 EXPERT = "expert"
 SELF = "self"
 TEACHER_PREFIX = "teacher:"
+
+GREEDY_TOP_P = 1e-9  # so small that the likeliest token alone is left: greedy decoding is one more way to sample
 
 FinishReason = Literal["stop", "length", "given"]
 Seed = NewType("Seed", int)
@@ -60,6 +62,15 @@ class Sampling:
     top_p: float
     max_tokens: int
     stop: tuple[str, ...]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token alone can be drawn."""
+        return self.top_p <= GREEDY_TOP_P
+
+    def greedily(self) -> "Sampling":
+        """The same limits, and always the likeliest token."""
+        return replace(self, temperature=1.0, top_p=GREEDY_TOP_P)
 
 
 @dataclass(frozen=True, slots=True)

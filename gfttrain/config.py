@@ -1,10 +1,20 @@
 """The settings of `gft train` and `gft eval`, declared once. `gftdata.config.load_config` reads them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 
-from gftdata.config import STRICT, HfConfig, PromptsConfig, RewardConfig, SamplingConfig
+from gftdata.config import (
+    STRICT,
+    EngineConfig,
+    HfConfig,
+    Name,
+    PromptsConfig,
+    RewardConfig,
+    SamplingConfig,
+    ServerConfig,
+)
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -103,17 +113,42 @@ class LoraConfig(BaseModel):
     targets: str | tuple[str, ...] = "all-linear"  # names of modules, or all linear ones but the head
 
 
-class TrainEvalConfig(BaseModel):
-    """An evaluation of the model in training, every so many steps. See `EvalConfig`."""
+class DrawConfig(BaseModel):
+    """What is drawn for each prompt of an evaluation, and how it is judged."""
 
     model_config = STRICT
 
+    reward: RewardConfig = RewardConfig()
+    num_samples: PositiveInt = 16  # per prompt
+    sampling: SamplingConfig = SamplingConfig(temperature=0.5)
+    max_tokens: PositiveInt = 4096
+
+    @property
+    def samples_the_model_itself(self) -> bool:
+        """Whether samples follow pi, so that averages of log pi over them estimate entropy and KL."""
+        return self.sampling.temperature == 1.0 and self.sampling.top_p == 1.0 and not self.sampling.stop
+
+
+class MeasureConfig(DrawConfig):
+    """And what is measured on it."""
+
+    k: tuple[PositiveInt, ...] | None = None  # pass@k for these; default: 1 and num_samples
+    greedy: bool = True  # and the likeliest answer, once for each prompt
+    reference: str | None = None  # a model to measure KL(model || reference) to; needs temperature 1 and top_p 1
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k of pass@k, 1 among them."""
+        return tuple(sorted({1, *((self.num_samples,) if self.k is None else self.k)}))
+
+
+class TrainEvalConfig(DrawConfig):
+    """An evaluation of the model in training, every so many steps."""
+
     every_steps: PositiveInt
     prompts: PromptsConfig
-    reward: RewardConfig = RewardConfig()
     num_samples: PositiveInt = 4
     max_tokens: PositiveInt = 1024
-    sampling: SamplingConfig = SamplingConfig(temperature=0.5)
     engine: HfConfig = HfConfig()
 
 
@@ -175,35 +210,64 @@ class TrainConfig(TrainSettings):
         return self.model_dump(mode="json", exclude={**left_out, "batch": {"micro_batch_tokens", "layout"}})
 
 
-class EvalConfig(BaseModel):
-    """All of `gft eval`."""
+class BenchmarkConfig(MeasureConfig):
+    """One set of prompts to evaluate on; what it does not say of the measurement is as the whole config says."""
 
-    model_config = STRICT
-
-    model: str
+    name: Name  # of its line, and of its folder in OUT/evals/
     prompts: PromptsConfig
-    reward: RewardConfig = RewardConfig()
-    num_samples: PositiveInt = 16  # per prompt
-    k: tuple[PositiveInt, ...] = (1, 16)  # pass@k for these
-    greedy: bool = True
-    sampling: SamplingConfig = SamplingConfig(temperature=0.5)
-    max_tokens: PositiveInt = 4096
-    reference: str | None = None  # a model to measure KL(model || reference) to; needs temperature 1 and top_p 1
-    engine: HfConfig = HfConfig()
-    out: str | None = None  # JSON file of the result
-    seed: int = 0
 
     @model_validator(mode="after")
-    def consistent(self) -> "EvalConfig":
-        if max(self.k, default=1) > self.num_samples:
+    def consistent(self) -> "BenchmarkConfig":
+        if max(self.ks) > self.num_samples:
             raise ValueError(
-                f"pass@{max(self.k)} needs num_samples of at least {max(self.k)}, found {self.num_samples}"
+                f"pass@{max(self.ks)} needs num_samples of at least {max(self.ks)}, found {self.num_samples}"
             )
         if self.reference and not self.samples_the_model_itself:
             raise ValueError("reference: the KL estimate needs sampling.temperature 1 and top_p 1")
         return self
 
-    @property
-    def samples_the_model_itself(self) -> bool:
-        """Whether samples follow pi, so that averages of log pi over them estimate entropy and KL."""
-        return self.sampling.temperature == 1.0 and self.sampling.top_p == 1.0 and not self.sampling.stop
+
+class EvalConfig(MeasureConfig):
+    """All of `gft eval`. What `MeasureConfig` has stands here for all benchmarks, and in one of them for it alone."""
+
+    model: str
+    benchmarks: Annotated[tuple[BenchmarkConfig, ...], Field(min_length=1)]
+    engine: EngineConfig = HfConfig()
+    reference_engine: EngineConfig | None = None  # what scores with the reference; default: the config's engine
+    out: str | None = None  # folder of the results; default: the run, where the model is one of gft train
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def inherit(cls, data: Any) -> Any:
+        """Complete each benchmark's block by the settings for all."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("benchmarks"), list | tuple):
+            return data
+        shared = {key: value for key, value in data.items() if key in MeasureConfig.model_fields}
+        try:
+            MeasureConfig.model_validate(shared)
+        except ValidationError:  # said of the whole config, once, and not of each benchmark again
+            return data
+        return {**data, "benchmarks": [_completed(block, shared) for block in data["benchmarks"]]}
+
+    @model_validator(mode="after")
+    def consistent(self) -> "EvalConfig":
+        names = [benchmark.name.lower() for benchmark in self.benchmarks]  # some file systems know no case
+        if len(set(names)) != len(names):
+            raise ValueError(f"two benchmarks have the same name: {', '.join(names)}")
+        referred = any(benchmark.reference is not None for benchmark in self.benchmarks)
+        if referred and self.reference_engine is None and isinstance(self.engine, ServerConfig):
+            raise ValueError(
+                f"reference needs an engine of its own (reference_engine): the config's is servers of {self.model}"
+            )
+        return self
+
+
+def _completed(block: Any, shared: Mapping[str, Any]) -> Any:
+    if not isinstance(block, Mapping):
+        return block
+    return {**block, **{key: _merged(value, block[key]) if key in block else value for key, value in shared.items()}}
+
+
+def _merged(shared: Any, own: Any) -> Any:
+    return {**shared, **own} if isinstance(shared, Mapping) and isinstance(own, Mapping) else own

@@ -1,225 +1,299 @@
-"""`gft eval`: pass@1 averaged over samples, pass@k, greedy, entropy and KL to a reference, on any prompt file."""
+"""`gft eval`: sample, judge, score with the reference, count. Each benchmark continues where it was stopped.
 
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+Read `evaluate` downward. What is known before a model is loaded is benchmarks.py's, what stands on disk samples.py's
+and results.py's, the statistics estimates.py's. `measure` is the same for a model that is in memory already.
+"""
+
+import fcntl
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from gftdata.engines.hf import HfEngine, open_engine
+from gftdata.config import RewardConfig
 from gftdata.errors import UserError
+from gftdata.generate import MAX_REFUSALS, open_engine
 from gftdata.groups import sample_seed
+from gftdata.journal import entry_of, open_journal, read_journal
 from gftdata.judging import Submit, open_judges
-from gftdata.prompts import read_prompts
-from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
-from gftdata.shards import check_writable, write_atomic
-from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
-from gftdata.types import Prompt, Sample, SampleRequest, Sampling, ScoreRequest, Verdict
-from gfttrain.config import EvalConfig
-from gfttrain.runs import finished_model
+from gftdata.models import shown_name
+from gftdata.store import FolderStore, hold
+from gftdata.tasks import new_attempt
+from gftdata.types import SELF, Refusal, Sample, SampleRequest, ScoreRequest, Unscored, Verdict
+from gfttrain.benchmarks import Benchmark, Plan, Questions, plan, reference_engine, settings_of
+from gfttrain.config import DrawConfig, EvalConfig
+from gfttrain.estimates import estimate, mean_rewards, passes
+from gfttrain.results import EVALS_FOLDER, Estimate, Result, append_result
+from gfttrain.samples import (
+    GREEDY,
+    SHARD,
+    Judged,
+    Key,
+    all_keys,
+    begin,
+    drop_journals,
+    drop_verdicts,
+    is_complete,
+    judged,
+    open_verdicts,
+    read_samples,
+    read_verdicts,
+    refused,
+    rewards_PN,
+    write_samples,
+)
 
-# Top-p this small keeps the likeliest token alone, so greedy decoding is one more way to sample.
-GREEDY_TOP_P = 1e-9
-EXAMPLES = 32
+if TYPE_CHECKING:
+    from gftdata.engines.protocol import Sampler, Scorer
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One prompt's greedy answer, for people to read."""
-
-    question: str
-    text: str
-    reward: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """What `gft eval` measures. Averages are over prompts with at least one judged sample."""
-
-    model: str
-    prompts: int
-    prompts_too_long: int
-    samples_per_prompt: int
-    unjudged_samples: int
-    truncated_samples: int
-    mean_tokens: float
-    mean_reward: float
-    pass_at: dict[int, float]  # k -> unbiased estimate over prompts with k judged samples; no entry where none has
-    pass_at_1_stderr: float | None  # standard error over prompts, of at least two
-    greedy: float | None
-    entropy: float | None  # nats per token, estimated as the mean of -log pi over samples of pi itself
-    kl: float | None  # KL(model || reference), nats per token, likewise
-    answers: tuple[Answer, ...]
+LOCK = f"{EVALS_FOLDER}/.lock"
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened, for whoever shows progress."""
 
-    kind: Literal["start", "sample"]
-    count: int = 0  # start: samples to draw
+    kind: Literal["benchmark", "sample", "reference", "there"]  # there: it was finished before
+    benchmark: str = ""
+    count: int = 0  # benchmark: of its samples; reference: of samples to score
+    done: int = 0  # benchmark: drawn before
     tokens: int = 0
 
 
 Listener = Callable[[Event], None]
 
 
-def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) -> npt.NDArray[np.float64]:
-    """1 - C(n-c, k) / C(n, k) of each prompt: the chance that k of its n samples, c of them right, hold a right one.
+def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> dict[str, Result]:
+    """Evaluate a model on every benchmark of the config; returns their results by name.
 
-    The unbiased estimator of Chen et al., arXiv:2107.03374, eq. 1, as a product so that nothing overflows. NaN where a
-    prompt has fewer than k samples.
+    Killed at any moment and called again with the same config it continues, and the results are those of an evaluation
+    that was never stopped. A benchmark that is finished with the same recipe is not sampled again. Raises UserError for
+    what the user can mend.
     """
-    n, c = np.broadcast_arrays(np.asarray(num_samples, np.float64), np.asarray(num_correct, np.float64))
-    failing = np.ones(n.shape)
-    for i in range(k):
-        failing *= np.clip((n - c - i) / np.maximum(n - i, 1.0), 0.0, None)
-    return np.where(n >= k, 1.0 - failing, np.nan)
+    found = plan(config)
+    results = {one.name: one.result for one in found.benchmarks if one.result is not None}
+    for name in results:
+        on_event(Event("there", name))
+    open_ones = [one for one in found.benchmarks if one.name not in results]
+    if open_ones:
+        with _alone(found.out):
+            for one in open_ones:
+                begin(one.folder, one.recipe)
+            results |= _draw_and_count(found, open_ones, on_event)
+    return {one.name: results[one.name] for one in found.benchmarks}
 
 
-def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> EvalResult:
-    """Sample, judge, count. Raises UserError for what the user can mend."""
-    config = config.model_copy(update={"model": finished_model(config.model)})
-    tokenizer = load_tokenizer(config.model)
-    if config.reference and load_tokenizer(config.reference).hash != tokenizer.hash:
-        raise UserError(f"reference {config.reference}: has another tokenizer than {config.model}")
-    if config.out:
-        check_result_file(Path(config.out))
-    prompts, too_long = eval_prompts(config, tokenizer)
-    return evaluate_engine(config, open_engine(config.model, config.engine, tokenizer), prompts, too_long, on_event)
+def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Listener) -> dict[str, Result]:
+    """Draw what is missing with the model's engine, then, with that one closed, score with the references."""
+    results: dict[str, Result] = {}
+    undrawn = [one for one in open_ones if not is_complete(one.folder)]
+    with ExitStack() as stack:
+        if undrawn:
+            engine = stack.enter_context(closing(open_engine(found.config.model, found.config.engine, found.tokenizer)))
+        judges: dict[RewardConfig, Submit] = {}  # left before the engine: an error ends them first
+        for one in undrawn:
+            reward = one.settings.reward
+            if reward not in judges:
+                judges[reward] = stack.enter_context(open_judges(reward))
+            _draw(found, one, engine, judges[reward], on_event)
+            if one.settings.reference is None:
+                results[one.name] = _finish(found, one, {})
+    for reference in dict.fromkeys(one.settings.reference for one in undrawn if one.settings.reference is not None):
+        of_it = [one for one in undrawn if one.settings.reference == reference]
+        with closing(open_engine(reference, reference_engine(found.config), found.tokenizer)) as scorer:
+            for one in of_it:
+                results[one.name] = _finish(found, one, _score(one, scorer, on_event))
+    for one in open_ones:
+        if one.name not in results:  # all samples are there, and were not counted, or for other k
+            results[one.name] = count(found, one, read_samples(one.folder, one.questions.prompts))
+            append_result(found.out, results[one.name])
+            drop_journals(one.folder)
+    return results
 
 
-def evaluate_engine(
-    config: EvalConfig,
-    engine: HfEngine,
-    prompts: Sequence[Prompt],
-    too_long: int,
-    on_event: Listener = lambda event: None,
-) -> EvalResult:
-    """`evaluate` with a model that is loaded already, on prompts of `eval_prompts`."""
-    count = len(prompts) * (config.num_samples + config.greedy)
-    on_event(Event("start", count=count))
-    sampling = config.sampling.with_limit(config.max_tokens)
-    greedy_sampling = Sampling(1.0, GREEDY_TOP_P, config.max_tokens, sampling.stop)
-    with open_judges(config.reward) as submit:
-        samples, verdicts = _sample(config, engine, prompts, sampling, config.num_samples, submit, on_event)
-        best, best_verdicts = _sample(config, engine, prompts, greedy_sampling, int(config.greedy), submit, on_event)
-    rewards_PN = np.array([[np.nan if v.reward is None else v.reward for v in row] for row in verdicts])
-    greedy: float | None = None
-    answers: tuple[Answer, ...] = ()
-    if config.greedy:
-        judged = [v.reward == 1.0 for (v,) in best_verdicts if v.reward is not None]
-        greedy = float(np.mean(judged)) if judged else None
-        shown = zip(prompts, best, best_verdicts, strict=True)
-        answers = tuple(
-            Answer(prompt.messages[-1].content, sample.text, verdict.reward)
-            for prompt, (sample,), (verdict,) in list(shown)[:EXAMPLES]
+def _draw(found: Plan, one: Benchmark, engine: "Sampler", submit: Submit, on_event: Listener) -> None:
+    """Draw and judge what the journals lack. A sample is in its journal before anything else happens to it."""
+    store, attempt = FolderStore(one.folder), new_attempt()
+    entries, known = read_journal(store, SHARD), read_verdicts(one.folder)
+    on_event(Event("benchmark", one.name, count=one.num_samples, done=len(entries)))
+    written_by = f"{shown_name(found.config.model)}@{found.revision[:12]}"
+    waiting: deque[tuple[Key, Future[Verdict]]] = deque()
+    prompts = one.questions.prompts
+    greedy = one.settings.greedy
+    with closing(open_journal(store, attempt)) as journal, open_verdicts(one.folder, attempt) as note:
+        for key, entry in entries.items():
+            if key not in known:
+                waiting.append((key, submit(prompts[entry.row], entry.text)))
+        drawn = draw(one.settings, one.questions, engine, found.config.seed, entries.keys(), greedy=greedy)
+        for key, sample in drawn:
+            source, row, _ = key
+            journal.append(SHARD, entry_of(sample, source, row, written_by))
+            waiting.append((key, submit(prompts[row], sample.text)))
+            on_event(Event("sample", one.name, tokens=sample.num_tokens))
+            while waiting and waiting[0][1].done():
+                first, future = waiting.popleft()
+                note(first, future.result())
+        for key, future in waiting:
+            note(key, future.result())
+
+
+def draw(
+    settings: DrawConfig,
+    questions: Questions,
+    sampler: "Sampler",
+    seed: int,
+    done: Collection[Key] = (),
+    *,
+    greedy: bool,
+) -> Iterator[tuple[Key, Sample]]:
+    """Draw the samples of a benchmark that are not done, in order of completion; those the engine gives up are missing.
+
+    Raises UserError where refusals alone speak of the engine or its settings: 32 in a row, or nothing else at all.
+    """
+    place = {prompt.prompt_id: row for row, prompt in enumerate(questions.prompts)}
+    sampling = settings.sampling.with_limit(settings.max_tokens)
+    in_a_row, answered = 0, bool(done)
+    reason = ""
+    for source, how, count in ((SELF, sampling, settings.num_samples), (GREEDY, sampling.greedily(), int(greedy))):
+        requests = (
+            SampleRequest(prompt.prompt_id, k, prompt.messages, ids, sample_seed(seed, prompt.prompt_id, "eval", k))
+            for row, (prompt, ids) in enumerate(zip(questions.prompts, questions.ids, strict=True))
+            for k in range(count)
+            if (source, row, k) not in done
         )
-    drawn = [sample for row in samples for sample in row]
-    judged_P = np.isfinite(rewards_PN).sum(1)
-    if not judged_P.any():
-        raise UserError(f"none of {len(drawn)} samples could be judged ({verdicts[0][0].status}); look at reward.name")
-    correct_P = (rewards_PN == 1.0).sum(1)
-    once_P = pass_at_k(judged_P, correct_P, 1)
-    num_once = int(np.isfinite(once_P).sum())
-    num_tokens = sum(len(sample.response_ids) for sample in drawn)
-    own = config.samples_the_model_itself
-    return EvalResult(
-        model=config.model,
-        prompts=len(prompts),
-        prompts_too_long=too_long,
-        samples_per_prompt=config.num_samples,
-        unjudged_samples=int(np.isnan(rewards_PN).sum()),
-        truncated_samples=sum(sample.finish_reason == "length" for sample in drawn),
-        mean_tokens=num_tokens / len(drawn),
-        mean_reward=float(np.nanmean(rewards_PN)),
-        pass_at={
-            k: float(np.nanmean(pass_at_k(judged_P, correct_P, k)))
-            for k in sorted({1, *config.k})
-            if k <= judged_P.max()
-        },
-        pass_at_1_stderr=float(np.nanstd(once_P, ddof=1) / math.sqrt(num_once)) if num_once > 1 else None,
-        greedy=greedy,
-        entropy=-sum(float(s.behavior_logprobs.sum(dtype=np.float64)) for s in drawn) / num_tokens if own else None,
-        kl=_kl(config, engine.tokenizer, drawn, num_tokens) if config.reference else None,
-        answers=answers,
+        for answer in sampler.sample(requests, how):
+            if isinstance(answer, Refusal):
+                in_a_row, reason = in_a_row + 1, answer.reason
+                if in_a_row >= MAX_REFUSALS:
+                    break
+                continue
+            in_a_row, answered = 0, True
+            yield (source, place[answer.request.prompt_id], answer.request.index), answer
+        if in_a_row and (not answered or in_a_row >= MAX_REFUSALS):
+            raise UserError(f"{in_a_row} requests were refused with no answer between: {reason}")
+
+
+def _score(one: Benchmark, scorer: "Scorer", on_event: Listener) -> dict[Key, float]:
+    """Sum of log pi_ref over the tokens of each sample that was drawn of the model itself."""
+    entries = [entry for entry in read_journal(FolderStore(one.folder), SHARD).values() if entry.source == SELF]
+    on_event(Event("reference", one.name, count=len(entries)))
+    requests = [ScoreRequest(one.questions.ids[entry.row], entry.response_ids) for entry in entries]
+    sums: dict[Key, float] = {}
+    for entry, score in zip(entries, scorer.score(requests), strict=True):
+        if isinstance(score, Unscored):
+            raise UserError(
+                f"benchmark {one.name}: the reference cannot score a sample: {score.reason}; the samples are kept: the "
+                "same command continues, without KL if reference is null"
+            )
+        sums[entry.key] = float(score.sum(dtype=np.float64))
+    return sums
+
+
+def _finish(found: Plan, one: Benchmark, reference_sums: dict[Key, float]) -> Result:
+    """The journals become samples.parquet, and that a result."""
+    entries, verdicts = read_journal(FolderStore(one.folder), SHARD), read_verdicts(one.folder)
+    keys = all_keys(len(one.questions.prompts), one.settings.num_samples, greedy=one.settings.greedy)
+    samples = [
+        judged(entries[key], verdicts[key], reference_sums.get(key)) if key in entries else refused(key) for key in keys
+    ]
+    try:
+        result = count(found, one, samples)
+    except UserError:
+        drop_verdicts(one.folder)  # with the reward mended, the same samples are judged again
+        raise
+    write_samples(one.folder, one.questions.prompts, samples)
+    append_result(found.out, result)
+    drop_journals(one.folder)
+    return result
+
+
+def count(found: Plan, one: Benchmark, samples: Sequence[Judged]) -> Result:
+    """What the samples of a benchmark say of the model. Raises UserError where none could be judged."""
+    try:
+        measured = measure(one.settings, one.questions, samples, one.settings.ks)
+    except UserError as error:
+        raise UserError(f"benchmark {one.name}: {error}") from None
+    scored = [s for s in samples if s.ref_logprob_sum is not None]
+    tokens = sum(s.num_tokens for s in scored)
+    drift = sum(s.logprob_sum - s.ref_logprob_sum for s in scored if s.ref_logprob_sum is not None)
+    greedy_P1 = rewards_PN(samples, len(one.questions.prompts), 1, greedy=True)
+    return Result(
+        benchmark=one.name,
+        model=found.config.model,
+        revision=found.revision,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        prompts=len(one.questions.prompts),
+        prompts_too_long=one.questions.too_long,
+        samples_per_prompt=one.settings.num_samples,
+        unjudged_samples=measured.unjudged,
+        truncated_samples=measured.truncated,
+        mean_tokens=measured.mean_tokens,
+        mean_reward=measured.mean_reward,
+        pass_at=measured.pass_at,
+        greedy=estimate(passes(greedy_P1, 1)) if one.settings.greedy else None,
+        entropy=measured.entropy,
+        kl=drift / tokens if tokens else None,
+        settings=settings_of(one),
     )
 
 
-def eval_prompts(config: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
-    """The prompts to evaluate on, and how many were too long."""
-    resolve(config.reward.name)
-    needs_truth = config.reward.name in NEEDS_GROUND_TRUTH
-    read = list(read_prompts(config.prompts, {}, needs_ground_truth=needs_truth))
-    limit = config.prompts.max_prompt_tokens
-    kept = [prompt for prompt in read if len(encode_prompt(tokenizer, prompt.messages)) <= limit]
-    if len(kept) < len(read) and (config.prompts.on_too_long == "error" or not kept):
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the samples drawn of a model say of it, the greedy ones aside."""
+
+    mean_reward: Estimate
+    pass_at: dict[int, Estimate]  # no entry for a k that no prompt has judged samples for
+    mean_tokens: float
+    truncated: int
+    unjudged: int
+    entropy: float | None  # nats per token
+
+
+def measure(settings: DrawConfig, questions: Questions, samples: Sequence[Judged], ks: Sequence[int]) -> Measured:
+    """Averages over prompts with at least one judged sample. Raises UserError where none has one."""
+    found_PN = rewards_PN(samples, len(questions.prompts), settings.num_samples, greedy=False)
+    drawn = [sample for sample in samples if not sample.greedy]
+    mean = estimate(mean_rewards(found_PN))
+    if mean is None:
         raise UserError(
-            f"{len(read) - len(kept)} of {len(read)} prompts are longer than prompts.max_prompt_tokens={limit}"
+            f"none of {len(drawn)} samples could be judged ({drawn[0].verdict.status}); look at reward.name"
         )
-    return kept, len(read) - len(kept)
-
-
-def _sample(
-    config: EvalConfig,
-    engine: HfEngine,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    count: int,
-    submit: Submit,
-    on_event: Listener,
-) -> tuple[list[list[Sample]], list[list[Verdict]]]:
-    """`count` samples of each prompt with their verdicts, in the prompts' order."""
-    place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
-    requests = (
-        SampleRequest(p.prompt_id, k, p.messages, ids, sample_seed(config.seed, p.prompt_id, "eval", k))
-        for p in prompts
-        for ids in [encode_prompt(engine.tokenizer, p.messages)]
-        for k in range(count)
+    estimates = {k: estimate(passes(found_PN, k)) for k in ks}
+    answered = [sample for sample in drawn if sample.num_tokens]
+    num_tokens = sum(sample.num_tokens for sample in answered)
+    own = settings.samples_the_model_itself and num_tokens
+    return Measured(
+        mean_reward=mean,
+        pass_at={k: at_k for k, at_k in estimates.items() if at_k is not None},
+        mean_tokens=num_tokens / max(1, len(answered)),
+        truncated=sum(sample.finish_reason == "length" for sample in drawn),
+        unjudged=sum(sample.verdict.reward is None for sample in drawn),
+        entropy=-sum(sample.logprob_sum for sample in answered) / num_tokens if own else None,
     )
-    found = []
-    for sample in engine.sample(requests, sampling):
-        row = place[sample.request.prompt_id]
-        found.append((row, sample.request.index, sample, submit(prompts[row], sample.text)))
-        on_event(Event("sample", tokens=len(sample.response_ids)))
-    found.sort(key=lambda item: item[:2])
-    verdicts = [future.result() for *_, future in found]
-    samples = [sample for _, _, sample, _ in found]
-    rows = range(0, len(found), max(1, count))
-    return [samples[i : i + count] for i in rows], [verdicts[i : i + count] for i in rows]
 
 
-def _kl(config: EvalConfig, tokenizer: Tokenizer, drawn: Sequence[Sample], num_tokens: int) -> float:
-    """Mean of log pi - log pi_ref over the tokens of samples of pi: an unbiased estimate of the KL per token."""
-    assert config.reference is not None
-    reference = open_engine(config.reference, config.engine, tokenizer)
-    scores = reference.score([ScoreRequest(s.request.prompt_ids, s.response_ids) for s in drawn])
-    total = sum(
-        float((sample.behavior_logprobs.astype(np.float64) - score).sum())
-        for sample, score in zip(drawn, scores, strict=True)
-    )
-    return total / num_tokens
+def measure_engine(settings: DrawConfig, questions: Questions, engine: "Sampler", seed: int) -> Measured:
+    """pass@1 and what else the samples of a model say that is in memory. Writes nothing. Raises UserError."""
+    with open_judges(settings.reward) as submit:
+        drawn = [
+            (key, sample, submit(questions.prompts[key[1]], sample.text))
+            for key, sample in draw(settings, questions, engine, seed, greedy=False)
+        ]
+        samples = [
+            judged(entry_of(sample, source, row, ""), future.result()) for (source, row, _), sample, future in drawn
+        ]
+    return measure(settings, questions, samples, (1,))
 
 
-def check_result_file(path: Path) -> None:
-    """Raise UserError unless a result may be written there: over nothing, or over an earlier result."""
-    check_writable(path.parent)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file for the result (out)")
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_bytes()).keys() >= {"result", "config"}
-        except (ValueError, AttributeError, OSError):
-            earlier = False
-        if not earlier:
-            raise UserError(f"{path}: exists and is not a result of gft eval; name another file (out)")
-
-
-def write_result(path: Path, config: EvalConfig, result: EvalResult) -> None:
-    """The result with the settings that made it, as JSON."""
-    data = {"result": asdict(result), "config": config.model_dump(mode="json")}
-    write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    (out / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        hold(lock, fcntl.LOCK_EX, f"{out}: another gft eval is writing there; wait, or name another folder (out)")
+        yield

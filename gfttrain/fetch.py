@@ -41,7 +41,7 @@ def _wanted(config: GenerateConfig | TrainConfig | EvalConfig) -> Iterator[Wante
     if isinstance(config, GenerateConfig):
         yield from wanted_to_generate(config)
         return
-    yield from wanted_model(config.model)
+    yield from wanted_model(config.model, config.engine if isinstance(config, EvalConfig) else None)
     if isinstance(config, TrainConfig):
         for data in config.data:
             if is_remote(data):
@@ -49,6 +49,7 @@ def _wanted(config: GenerateConfig | TrainConfig | EvalConfig) -> Iterator[Wante
         if config.evaluation is not None:
             yield from wanted_prompts(config.evaluation.prompts)
         return
-    if config.reference is not None:
-        yield from wanted_model(config.reference)
-    yield from wanted_prompts(config.prompts)
+    for benchmark in config.benchmarks:
+        if benchmark.reference is not None:
+            yield from wanted_model(benchmark.reference, config.reference_engine or config.engine)
+        yield from wanted_prompts(benchmark.prompts)

@@ -21,8 +21,8 @@ from gftdata.shards import Index, Manifest, check_writable, write_atomic
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint
-from gfttrain.config import EvalConfig, TrainConfig, TrainEvalConfig
-from gfttrain.evaluate import eval_prompts
+from gfttrain.benchmarks import read_questions
+from gfttrain.config import TrainConfig
 from gfttrain.loggers import check_loggers
 from gfttrain.model import check_layout, outline, parameter_counts, training_cost
 from gfttrain.plan import (
@@ -86,7 +86,7 @@ def prepare(config: TrainConfig) -> Prepared:
     digest = schedule_hash(index, selection, steps, [shard.record.sha256 for shard in shards])
     check_loggers(config.loggers)
     if config.evaluation is not None:  # a wrong column or an unknown reward would show after hours
-        eval_prompts(eval_settings(config, config.evaluation), tokenizer)
+        read_questions(config.evaluation.prompts, config.evaluation.reward, tokenizer)
     out = Path(config.out)
     _check_output(config, out)
     resume_from = checkpoint.latest(out)
@@ -111,22 +111,6 @@ def prepare(config: TrainConfig) -> Prepared:
         first_step=position.step,
         finished=(out / FINAL).is_dir(),
         notices=tuple(notices),
-    )
-
-
-def eval_settings(config: TrainConfig, settings: TrainEvalConfig) -> EvalConfig:
-    """`gft eval` of the model in training."""
-    return EvalConfig(
-        model=config.model,
-        prompts=settings.prompts,
-        reward=settings.reward,
-        num_samples=settings.num_samples,
-        k=(1,),
-        greedy=False,
-        sampling=settings.sampling,
-        max_tokens=settings.max_tokens,
-        engine=settings.engine,
-        seed=config.seed,
     )
 
 

@@ -13,6 +13,14 @@ from gftdata.errors import UserError
 FINAL, RUN, METRICS = "final", "run.json", "metrics.jsonl"
 
 
+def run_of(model: str) -> Path | None:
+    """The run folder that a model is of: itself, or the one whose final/ it is."""
+    folder = Path(model)
+    if (folder / RUN).is_file():
+        return folder
+    return folder.parent if folder.name == FINAL and (folder.parent / RUN).is_file() else None
+
+
 def finished_model(model: str) -> str:
     """The trained model of a run folder; any other model as it is. Raises UserError for a run that is not finished."""
     run = Path(model)

@@ -22,9 +22,10 @@ from gftdata.shards import Index, Manifest
 from gftdata.tokens import Tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint, metrics
+from gfttrain.benchmarks import read_questions
 from gfttrain.config import TrainConfig, TrainEvalConfig
 from gfttrain.distributed import World, agree, any_over, gather_json, join, leave, stop_on_signals, sum_over, together
-from gfttrain.evaluate import eval_prompts, evaluate_engine
+from gfttrain.evaluate import measure_engine
 from gfttrain.loggers import open_loggers
 from gfttrain.model import (
     Policy,
@@ -40,7 +41,7 @@ from gfttrain.model import (
 )
 from gfttrain.objective import token_losses
 from gfttrain.plan import Pack, Step, lay_out
-from gfttrain.prepare import Prepared, eval_settings, make_optimizer, make_scheduler, prepare, write_run_file
+from gfttrain.prepare import Prepared, make_optimizer, make_scheduler, prepare, write_run_file
 from gfttrain.runs import FINAL, METRICS
 from gfttrain.stream import Batch, Example, ShardReader, collate, read_ahead
 
@@ -335,7 +336,6 @@ def _evaluate(
     config: TrainConfig, settings: TrainEvalConfig, policy: Policy, tokenizer: Tokenizer, world: World
 ) -> metrics.Metrics:
     """pass@1 of the model as it is. Several ranks: rank 0 evaluates a copy of its own while the others wait."""
-    evaluation = eval_settings(config, settings)
     state = trained_state(policy) if world.size > 1 else {}
     found: metrics.Metrics = {}
     with together(world):
@@ -349,12 +349,13 @@ def _evaluate(
             # cached decoding has shapes of its own, which compiled layers need not learn
             with autocast(config, world.device), torch.compiler.set_stance("force_eager"):
                 engine = HfEngine(model, tokenizer, **sizes)
-                result = evaluate_engine(evaluation, engine, *eval_prompts(evaluation, tokenizer))
+                questions = read_questions(settings.prompts, settings.reward, tokenizer)
+                measured = measure_engine(settings, questions, engine, config.seed)
             found = {
-                "eval/pass@1": result.pass_at[1],
-                "eval/mean_reward": result.mean_reward,
-                "eval/mean_tokens": result.mean_tokens,
-                "eval/truncated": result.truncated_samples,
+                "eval/pass@1": measured.pass_at[1].value,
+                "eval/mean_reward": measured.mean_reward.value,
+                "eval/mean_tokens": measured.mean_tokens,
+                "eval/truncated": measured.truncated,
             }
     policy.train()
     return found

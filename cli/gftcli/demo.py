@@ -21,6 +21,7 @@ from gfttrain.advantage import group_advantages
 from gfttrain.compare import Listeners, Outcome, compare
 from gfttrain.config import EvalConfig, TrainConfig
 from gfttrain.presets import METHODS
+from gfttrain.samples import GreedyAnswer, greedy_answers
 
 SHOWN = ("SFT", "DFT", "RFT", "GFT", "GFT w/o GAL", "GFT w/o DCR")
 PROBES = ("subtraction", "reversal")
@@ -54,29 +55,28 @@ def run(console: Console, out: Path) -> None:
     title(console, f"3. Train {len(SHOWN)} ways from the same shards, and compare")
     places = {"model": model, "data": str(data), "out": str(out)}
     config = load_config(TrainConfig, sample / "train.yaml", values=places)
-    outcomes = compare_with_progress(console, config, eval_configs(sample))
+    outcomes = compare_with_progress(console, config, eval_config(sample))
     show_outcomes(console, outcomes)
 
     title(console, "4. The first sum that not all of them get right, answered by each (greedy)")
     rows = show.table("method", "answer", "right")
-    number = first_difference(outcomes)
-    for outcome in outcomes:
-        answer = outcome.results["sums"].answers[number]
-        rows.add_row(outcome.method, answer.question + answer.text, "yes" if answer.reward == 1.0 else "no")
+    answers = {outcome.method: greedy_answers(outcome.folder, "sums") for outcome in outcomes}
+    number = first_difference(list(answers.values()))
+    for method, of_method in answers.items():
+        answer = of_method[number]
+        rows.add_row(method, answer.question + answer.text, "yes" if answer.reward == 1.0 else "no")
     rows.columns[1].justify = "left"
     console.print(rows)
     closing(console, out, time.monotonic() - began)
 
 
-def eval_configs(sample: Path) -> dict[str, EvalConfig]:
+def eval_config(sample: Path) -> EvalConfig:
     """The sums, and the two skills that fine-tuning never touches."""
-    file = sample / "eval.yaml"
-    sums = {"reference": str(sample / "model"), "prompts.path": str(sample / "eval.jsonl")}
-    configs = {"sums": load_config(EvalConfig, file, values=sums)}
-    for probe in PROBES:
-        values = {"prompts.path": str(sample / f"{probe}.jsonl"), "reference": None}
-        configs[probe] = load_config(EvalConfig, file, ["num_samples=4", "k=[1]", "greedy=false"], values)
-    return configs
+    places = {f"benchmarks.{probe}.prompts.path": str(sample / f"{probe}.jsonl") for probe in PROBES}
+    places |= {"benchmarks.sums.prompts.path": str(sample / "eval.jsonl")}
+    return load_config(
+        EvalConfig, sample / "eval.yaml", values={**places, "benchmarks.sums.reference": str(sample / "model")}
+    )
 
 
 def first_mixed_group(data: Path) -> Group:
@@ -88,10 +88,10 @@ def first_mixed_group(data: Path) -> Group:
     raise UserError(f"{data}: no group has both right and wrong answers")
 
 
-def first_difference(outcomes: list[Outcome]) -> int:
-    """The first recorded answer whose reward is not the same for all; the first of all where there is none."""
-    by_prompt = zip(*(outcome.results["sums"].answers for outcome in outcomes), strict=True)
-    return next((i for i, answers in enumerate(by_prompt) if len({a.reward for a in answers}) > 1), 0)
+def first_difference(answers: list[list[GreedyAnswer]]) -> int:
+    """The first prompt whose answers have not the same reward for all; the first of all where there is none."""
+    by_prompt = zip(*answers, strict=True)
+    return next((i for i, of_prompt in enumerate(by_prompt) if len({a.reward for a in of_prompt}) > 1), 0)
 
 
 def show_group(console: Console, group: Group) -> None:
@@ -114,7 +114,7 @@ def show_group(console: Console, group: Group) -> None:
     console.print(rows)
 
 
-def compare_with_progress(console: Console, config: TrainConfig, evals: dict[str, EvalConfig]) -> list[Outcome]:
+def compare_with_progress(console: Console, config: TrainConfig, evals: EvalConfig) -> list[Outcome]:
     """Run the comparison, a line for each model as it is done."""
     outcomes: list[Outcome] = []
     total = len(SHOWN) + 1
@@ -134,31 +134,31 @@ def compare_with_progress(console: Console, config: TrainConfig, evals: dict[str
         )
         for outcome in compare(config, {name: METHODS[name] for name in SHOWN}, evals, listeners):
             outcomes.append(outcome)
-            accuracy = outcome.results["sums"].pass_at[1]
+            accuracy = outcome.results["sums"].pass_at[1].value
             console.print(f"  {len(outcomes)}/{total}  {outcome.method:<12} pass@1 {accuracy:.3f}", highlight=False)
     return outcomes
 
 
 def show_outcomes(console: Console, outcomes: list[Outcome]) -> None:
     """The comparison as one table."""
-    rows = show.table("method", "pass@1", "+-", "pass@16", "greedy", "entropy", "KL", "subtract", "reverse")
+    rows = show.table("method", "pass@1", "95 %", "pass@16", "greedy", "entropy", "KL", "subtract", "reverse")
     for outcome in outcomes:
         sums = outcome.results["sums"]
         rows.add_row(
             outcome.method,
-            show.decimal(sums.pass_at[1]),
-            show.decimal(sums.pass_at_1_stderr),
-            show.decimal(sums.pass_at[16]),
-            show.decimal(sums.greedy),
+            show.value(sums.pass_at[1]),
+            show.interval(sums.pass_at[1]),
+            show.value(sums.pass_at.get(16)),
+            show.value(sums.greedy),
             show.decimal(sums.entropy),
             show.decimal(sums.kl),
-            *(show.decimal(outcome.results[probe].pass_at[1]) for probe in PROBES),
+            *(show.value(outcome.results[probe].pass_at[1]) for probe in PROBES),
         )
     console.print()
     console.print(rows)
-    best = max(outcomes, key=lambda outcome: outcome.results["sums"].pass_at[1])
+    best = max(outcomes, key=lambda outcome: outcome.results["sums"].pass_at[1].value)
     console.print(
-        f"\nHighest pass@1 here: {best.method}. That is one training seed; +- is the standard error over prompts.\n"
+        f"\nHighest pass@1 here: {best.method}. That is one training seed; 95 % is the interval over prompts.\n"
         "entropy, and KL to the base model, in nats per token. subtract and reverse are pass@1 on two\n"
         "skills that training never touched: what falls there is forgotten.",
         highlight=False,
@@ -175,6 +175,7 @@ def closing(console: Console, out: Path, seconds: float) -> None:
             f"{here}/data/data/*.parquet": "the response groups: one row a prompt",
             f"{here}/data/manifest.json": "how they were made, with checksums",
             f"{here}/gft/metrics.jsonl": "every step of training",
+            f"{here}/gft/evals/sums/samples.parquet": "every answer with its verdict",
             f"{here}/gft/final/": "the trained model, for AutoModelForCausalLM.from_pretrained",
         },
     )

@@ -420,23 +420,48 @@ def train(
 
 
 @app.command("eval")
-def evaluate(config: ConfigFile, model: Model = None, out: Out = None, set_: Set = None) -> None:
-    """Measure pass@1 over samples, pass@k, greedy accuracy, entropy and KL to a reference, on any prompt file."""
+def evaluate(
+    config: ConfigFile,
+    model: Model = None,
+    out: Out = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="DIR", help="Compare with the results in this folder, prompt by prompt."),
+    ] = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure pass@1 over samples, pass@k, greedy, entropy and KL to a reference on one or more benchmarks.
+
+    Results go to `out`, or the run folder of the model. Stopped at any moment, the same command continues; SIGTERM and
+    SIGUSR1 end it with exit code 75.
+    """
     from gftcli import progress, show
     from gftdata.config import load_config
     from gfttrain.config import EvalConfig
 
     settings = load_config(EvalConfig, config, set_ or [], _given(model=model, out=out))
     _quiet_libraries()
+    from gftdata.tasks import stop_on_signals
+    from gfttrain import benchmarks, paired
     from gfttrain import evaluate as evaluation
+    from gfttrain.results import EVALS, EVALS_FOLDER
 
-    console = show.open_console()
-    with progress.evaluation(console) as listener:
-        result = evaluation.evaluate(settings, listener)
-    show.evaluation(console, result)
-    if settings.out:
-        evaluation.write_result(Path(settings.out), settings, result)
-        console.print(f"\nAs JSON: {settings.out}", soft_wrap=True, highlight=False)
+    console, folder = show.open_console(), benchmarks.results_folder(settings)
+    if against is not None:
+        paired.check_results(against)
+    if dry_run:
+        show.evaluation_plan(console, benchmarks.plan(settings))
+        return
+    with stop_on_signals(), progress.evaluation(console) as listener:
+        results = evaluation.evaluate(settings, listener)
+    show.evaluations(console, results)
+    here = show.relative(folder)
+    console.print(f"\nResults: {here}/{EVALS}", soft_wrap=True, highlight=False)
+    console.print(f"Samples: {here}/{EVALS_FOLDER}/*/samples.parquet", soft_wrap=True, highlight=False)
+    if against is not None:
+        console.print()
+        show.paired(console, here, show.relative(against), paired.compare_all(folder, against, tuple(results)))
 
 
 @app.command()

@@ -169,20 +169,34 @@ def step_note(metrics: "dict[str, Any]") -> str:
 
 @contextmanager
 def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
-    """Samples, tokens/s, time left."""
+    """Samples of the benchmark in work, tokens/s, time left."""
     with _bars(console) as bars:
         plain = _PlainLines(console)
-        samples = bars.add_task("samples", total=None, note="")
+        samples = bars.add_task("samples", total=None, note="", visible=False)
         tokens, began = 0, time.monotonic()
 
         def listen(event: "EvalEvent") -> None:
-            nonlocal tokens
-            if event.kind == "start":
-                bars.update(samples, total=event.count)
-                return
-            tokens += event.tokens
-            note = f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s"
-            bars.update(samples, advance=1, note=note)
-            plain.say(f"{bars.tasks[samples].completed:,.0f} samples, {note}")
+            nonlocal tokens, began
+            if event.kind == "there":
+                console.print(f"{event.benchmark}: already there", highlight=False)
+            elif event.kind == "benchmark":
+                tokens, began = 0, time.monotonic()
+                bars.reset(samples, total=event.count, completed=event.done, description=event.benchmark, visible=True)
+                bars.update(samples, note="")
+                if event.done:
+                    console.print(
+                        f"continuing {event.benchmark}: {event.done:,} of {event.count:,} samples are there already",
+                        highlight=False,
+                    )
+            elif event.kind == "reference":
+                bars.update(samples, note=f"scoring {event.count:,} of {event.benchmark} with the reference")
+            else:
+                tokens += event.tokens
+                note = f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s"
+                bars.update(samples, advance=1, note=note)
+            done = bars.tasks[samples]
+            plain.say(
+                f"{event.benchmark}: {done.completed:,.0f} of {done.total or 0:,.0f} samples, {done.fields['note']}"
+            )
 
         yield listen

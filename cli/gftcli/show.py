@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gftdata.status import Status
     from gftdata.tasks import Task
+    from gfttrain.benchmarks import Plan as EvalPlan
     from gfttrain.config import TrainConfig
-    from gfttrain.evaluate import EvalResult
     from gfttrain.forecast import Forecast
+    from gfttrain.paired import Difference, Paired
     from gfttrain.prepare import Prepared
+    from gfttrain.results import Estimate, Result
 
 
 def open_console() -> Console:
@@ -57,6 +59,14 @@ def facts(console: Console, rows: dict[str, Any]) -> None:
 
 def decimal(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def value(found: "Estimate | None") -> str:
+    return decimal(None if found is None else found.value)
+
+
+def interval(found: "Estimate | None") -> str:
+    return "-" if found is None or found.low is None else f"{decimal(found.low)} to {decimal(found.high)}"
 
 
 def duration(seconds: float) -> str:
@@ -386,28 +396,123 @@ def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared",
         console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
 
 
-def evaluation(console: Console, result: "EvalResult") -> None:
-    """The numbers of one evaluation."""
-    rows = {
-        "model": result.model,
-        "prompts": f"{result.prompts:,} x {result.samples_per_prompt} samples"
-        + (f", {result.prompts_too_long:,} too long, skipped" if result.prompts_too_long else ""),
-        "pass@1": f"{result.pass_at[1]:.4f} (standard error {decimal(result.pass_at_1_stderr, 4)})",
-        **{f"pass@{k}": f"{value:.4f}" for k, value in result.pass_at.items() if k != 1},
-        "greedy": decimal(result.greedy, 4),
-        "mean reward": decimal(result.mean_reward, 4),
-        "entropy": f"{decimal(result.entropy, 4)} nats/token",
-        "KL to reference": f"{decimal(result.kl, 4)} nats/token",
-        "tokens": f"{result.mean_tokens:.1f} a sample, {result.truncated_samples:,} samples cut by the limit",
-        "unjudged": f"{result.unjudged_samples:,} samples",
-    }
-    if result.greedy is None:
-        del rows["greedy"]
-    if result.entropy is None:
-        del rows["entropy"]
-    if result.kl is None:
-        del rows["KL to reference"]
-    facts(console, rows)
+def evaluation_plan(console: Console, found: "EvalPlan") -> None:
+    """What `gft eval` would do."""
+    rows = table("benchmark", "prompts", "too long", "samples", "tokens at most", "reward", "there already")
+    for one in found.benchmarks:
+        left = one.num_samples - one.num_drawn
+        there = "finished" if one.result is not None else f"{one.num_drawn:,} samples"
+        rows.add_row(
+            one.name,
+            f"{len(one.questions.prompts):,}",
+            f"{one.questions.too_long:,}",
+            f"{one.num_samples:,}",
+            f"{left * one.settings.max_tokens:,}",
+            one.settings.reward.name,
+            there,
+        )
+    console.print(rows)
+    console.print()
+    references = dict.fromkeys(one.settings.reference for one in found.benchmarks if one.settings.reference)
+    facts(
+        console,
+        {
+            "model": found.config.model,
+            "engine": found.config.engine.name,
+            "reference": ", ".join(references) or "none",
+            "output": f"{found.out} (nothing was written)",
+        },
+    )
+
+
+def evaluations(console: Console, results: "Mapping[str, Result]") -> None:
+    """One line for each benchmark."""
+    ks = sorted({k for result in results.values() for k in result.pass_at if k != 1})
+    rows = table(
+        "benchmark",
+        "prompts",
+        "pass@1",
+        "95 %",
+        *(f"pass@{k}" for k in ks),
+        "greedy",
+        "reward",
+        "entropy",
+        "KL",
+        "tokens",
+        "truncated",
+        "unjudged",
+    )
+    for result in results.values():
+        rows.add_row(
+            result.benchmark,
+            f"{result.prompts:,} x {result.samples_per_prompt}",
+            value(result.pass_at[1]),
+            interval(result.pass_at[1]),
+            *(value(result.pass_at.get(k)) for k in ks),
+            value(result.greedy),
+            value(result.mean_reward),
+            decimal(result.entropy),
+            decimal(result.kl),
+            decimal(result.mean_tokens, 1),
+            f"{result.truncated_samples:,}",
+            f"{result.unjudged_samples:,}",
+        )
+    console.print(rows)
+    for result in results.values():
+        if result.prompts_too_long:
+            console.print(
+                f"note: {result.benchmark}: {result.prompts_too_long:,} prompts are too long and were left out",
+                soft_wrap=True,
+                highlight=False,
+            )
+    console.print(
+        "pass@1 is the average over samples, 95 % its bootstrap interval over prompts; entropy and KL in nats a token",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def paired(console: Console, a: str, b: str, found: "Sequence[Paired]") -> None:
+    """The differences between two models, with how likely chance alone makes such ones."""
+    facts(console, {"a": a, "b": b})
+    rows = table("benchmark", "", "a", "b", "a - b", "95 %", "p", "prompts")
+    for one in found:
+        for name, difference in (("pass@1", one.pass_at_1), ("greedy", one.greedy)):
+            if difference is not None:
+                rows.add_row(one.benchmark, name, *_difference(difference))
+    console.print(rows)
+    for one in found:
+        if one.only_a or one.only_b:
+            console.print(
+                f"note: {one.benchmark}: {one.common:,} prompts are common; {one.only_a:,} only of a and "
+                f"{one.only_b:,} only of b were not looked at",
+                soft_wrap=True,
+                highlight=False,
+            )
+        if one.measured_otherwise:
+            console.print(
+                f"note: {one.benchmark}: measured otherwise (b, then a): {one.measured_otherwise}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+    console.print(
+        "p: of pass@1 by a sign-flip permutation test over prompts, of greedy by McNemar's exact test; two-sided. It "
+        "says nothing of other training seeds",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _difference(found: "Difference") -> tuple[str, ...]:
+    return (
+        decimal(found.a),
+        decimal(found.b),
+        f"{found.difference.value:+.3f}",
+        interval(found.difference),
+        f"{found.p:.4f}",
+        f"{found.prompts:,}",
+    )
 
 
 def to_fetch(console: Console, sized: "Sequence[Sized]") -> None:

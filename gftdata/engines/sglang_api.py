@@ -38,6 +38,8 @@ def sampling_arguments(
         "no_stop_trim": True,
         "skip_special_tokens": True,
     }
+    if sampling.greedy:
+        parameters["top_k"] = 1  # its kernels differ in what so small a top_p leaves
     seed = {"sampling_seed": int(request.seed)} if honours_seeds else {}
     return {
         "input_ids": request.prompt_ids.tolist(),

@@ -25,14 +25,16 @@ echo "== accuracy on sums that no stage was trained on"
 for stage in base sft gft grpo; do
     model=$out/$stage/final
     [ $stage = base ] && model=$base
-    gft eval samples/demo/eval.yaml --model "$model" --out "$out/$stage.json" > "$out/$stage.txt"
+    gft eval samples/demo/eval.yaml --model "$model" --out "$out/$stage" > "$out/$stage.txt"
 done
 python - "$out" <<'END'
 import json, sys
 print(f"{'after':<6}{'pass@1':>8}{'+-':>8}{'pass@16':>9}{'greedy':>8}{'entropy':>9}{'KL':>8}")
 for stage in ("base", "sft", "gft", "grpo"):
-    with open(f"{sys.argv[1]}/{stage}.json") as file:
-        r = json.load(file)["result"]
-    numbers = (r["pass_at"]["1"], r["pass_at_1_stderr"], r["pass_at"]["16"], r["greedy"], r["entropy"], r["kl"])
+    with open(f"{sys.argv[1]}/{stage}/evals.jsonl") as file:
+        r = [line for line in map(json.loads, file) if line["benchmark"] == "sums"][-1]
+    once, often, greedy = r["pass_at"]["1"], r["pass_at"]["16"], r["greedy"]
+    error = (once["high"] - once["low"]) / (2 * 1.96)  # of a 95 % interval
+    numbers = (once["value"], error, often["value"], greedy["value"], r["entropy"], r["kl"])
     print(f"{stage:<6}" + "".join(f"{n:>{w}.3f}" for n, w in zip(numbers, (8, 8, 9, 8, 9, 8))))
 END

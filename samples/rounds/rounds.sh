@@ -18,6 +18,6 @@ while [ "$round" -lt "$rounds" ]; do
     fi
     gft train $here/train.yaml --model "$model" --data "$out/$round/data" --out "$out/$round/train"
     model=$out/$round/train/final
-    gft eval samples/demo/eval.yaml --model "$model" --out "$out/$round/eval.json"
+    gft eval samples/demo/eval.yaml --model "$model"
     round=$((round + 1))
 done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # generate -> finalize -> train -> eval as four jobs; each starts when the one before has ended well.
 #   samples/slurm/chain.sh generate.yaml train.yaml eval.yaml OUT
-# OUT gets data/, train/ and eval.json. Given again after a failure, the same command continues: what is finished is
+# OUT gets data/ and train/, with the results in train/evals.jsonl. Given again after a failure, the same command continues: what is finished is
 # looked at and left alone.
 set -euo pipefail
 [ $# = 4 ] || { sed -n '2,5s/^# \?//p' "$0" >&2; exit 2; }
@@ -25,4 +25,4 @@ submit() {
 job=$(submit generate "" "${generate_job[@]}" "$here/generate.sbatch" "$generate" --out "$out/data")
 job=$(submit finalize "$job" "${finalize_job[@]}" "$here/finalize.sbatch" "$out/data")
 job=$(submit train "$job" "${train_job[@]}" "$here/train.sbatch" "$train" --data "$out/data" --out "$out/train")
-submit eval "$job" "${eval_job[@]}" "$here/eval.sbatch" "$eval" --model "$out/train" --out "$out/eval.json" > /dev/null
+submit eval "$job" "${eval_job[@]}" "$here/eval.sbatch" "$eval" --model "$out/train" --out "$out/train" > /dev/null

@@ -71,13 +71,14 @@ def configs(tmp_path: Path) -> list[str]:
         "responses": {"self": {"count": 2}, "max_tokens": 32, "teachers": [ask]},
         "engine": {"device": "cpu"},
     }
-    test = {"dataset": "org/held", "split": "test", "columns": {"ground_truth": "answer"}, "limit": 2}
+    held = {"dataset": "org/held", "split": "test", "columns": {"ground_truth": "answer"}, "limit": 2}
+    test = {"name": "held", "prompts": held}
     sizes = {"num_samples": 2, "k": [1], "max_tokens": 16, "engine": {"device": "cpu"}}
     skip = {"unjudged_groups": "skip"}
     return [
         write(tmp_path / "generate.yaml", {**SMALL, **given}),
         write(tmp_path / "train.yaml", {"model": "org/tiny", "data": data, "out": run, "device": "cpu", **skip}),
-        write(tmp_path / "eval.yaml", {**SMALL, **sizes, "model": f"{run}/final", "prompts": test}),
+        write(tmp_path / "eval.yaml", {**SMALL, **sizes, "model": f"{run}/final", "benchmarks": [test]}),
     ]
 
 
@@ -172,14 +173,14 @@ def test_what_cannot_be_had_is_said_in_a_line(hub: DownloadHub, tmp_path: Path, 
         assert len(lines) == 1, lines
         return lines[0]
 
-    prompts = {"path": str(demo / "eval.jsonl"), "columns": {"ground_truth": "answer"}}
-    assert "org/none (model): no such folder here, and the Hub" in said({"model": "org/none", "prompts": prompts})
-    assert "HF_HUB_OFFLINE is set" in said({"model": "org/tiny", "prompts": prompts}, offline=True)
+    sums = {"name": "sums", "prompts": {"path": str(demo / "eval.jsonl"), "columns": {"ground_truth": "answer"}}}
+    assert "org/none (model): no such folder here, and the Hub" in said({"model": "org/none", "benchmarks": [sums]})
+    assert "HF_HUB_OFFLINE is set" in said({"model": "org/tiny", "benchmarks": [sums]}, offline=True)
     (tmp_path / "hub" / "models" / "org" / "bare").mkdir()
     (tmp_path / "hub" / "models" / "org" / "bare" / "config.json").write_text("{}")
-    assert "no weights" in said({"model": "org/bare", "prompts": prompts})
-    nothing = {"model": str(demo / "model"), "prompts": {"dataset": "org/none"}}
+    assert "no weights" in said({"model": "org/bare", "benchmarks": [sums]})
+    nothing = {"model": str(demo / "model"), "benchmarks": [{"name": "none", "prompts": {"dataset": "org/none"}}]}
     assert "org/none (prompts): no such folder here, and the Hub" in said(nothing)
-    assert "did you mean `prompts`?" in said({"model": "org/tiny", "prompt": prompts})
-    local = write(tmp_path / "eval.yaml", {"model": str(demo / "model"), "prompts": prompts})
+    assert "did you mean `benchmarks`?" in said({"model": "org/tiny", "benchmark": [sums]})
+    local = write(tmp_path / "eval.yaml", {"model": str(demo / "model"), "benchmarks": [sums]})
     assert gft(hub, tmp_path / "home", "fetch", local).stdout.startswith("nothing to fetch")

@@ -106,12 +106,12 @@ def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
     evaluation = tmp_path / "eval.yaml"
+    prompts = {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 4}
     evaluation.write_text(
         yaml.safe_dump(
             {
                 "model": "run/final",
-                "out": "eval.json",
-                "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 4},
+                "benchmarks": [{"name": "sums", "prompts": prompts}],
                 "reward": {"name": "numeric", "workers": 1},
                 "num_samples": 4,
                 "k": [1, 4],
@@ -119,12 +119,27 @@ def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:
             }
         )
     )
+    planned = gft("eval", evaluation, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert planned.out.splitlines()[1].split() == ["sums", "4", "0", "20", "960", "numeric", "0", "samples"]
+    assert not (tmp_path / "run" / "evals").exists()
     measured = gft("eval", evaluation)
     assert measured.code == 0, measured.err
     assert "pass@4" in measured.out
-    result = json.loads((tmp_path / "eval.json").read_text())["result"]
+    (line,) = (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
+    result = json.loads(line)
     assert result["prompts"] == 4
-    assert 0.0 <= result["pass_at"]["1"] <= result["pass_at"]["4"] <= 1.0
+    assert 0.0 <= result["pass_at"]["1"]["value"] <= result["pass_at"]["4"]["value"] <= 1.0
+    base = gft("eval", evaluation, "--model", DEMO / "model", "--out", "base", "--against", "run")
+    assert base.code == 0, base.err
+    assert [line.split()[:2] for line in base.out.splitlines() if line.startswith("sums ")][1:] == [
+        ["sums", "pass@1"],
+        ["sums", "greedy"],
+    ]
+    again = gft("eval", evaluation, "--dry-run")
+    assert again.out.splitlines()[1].split()[-2:] == ["numeric", "finished"]
+    assert "sums: already there" in gft("eval", evaluation).out
+    assert (tmp_path / "run" / "evals.jsonl").read_text().splitlines() == [line]
 
     shard = next((tmp_path / "data" / "data").glob("*.parquet"))
     content = bytearray(shard.read_bytes())
@@ -297,8 +312,10 @@ def test_init_writes_configs_that_load_and_state_the_defaults(gft: Gft, tmp_path
     trained = load_config(TrainConfig, tmp_path / "mine" / "train.yaml")
     assert trained == TrainConfig(model="some/model", data=("runs/data",), out="runs/train")
     measured = load_config(EvalConfig, tmp_path / "mine" / "eval.yaml")
-    yours = {"prompts": measured.prompts.model_dump(include={"path", "columns", "template"}), "out": "runs/eval.json"}
-    assert measured == EvalConfig(**yours, model="runs/train/final")
+    (mine,) = measured.benchmarks
+    stated = {"name": "mine", "prompts": mine.prompts.model_dump(include={"path", "columns", "template"})}
+    assert measured == EvalConfig(model="runs/train/final", benchmarks=[{**stated, "k": [1, 16]}], k=(1, 16))
+    assert mine.ks == EvalConfig(model="m", benchmarks=[stated]).benchmarks[0].ks
     refused(gft, "init", "mine", saying=("generate.yaml", "not overwritten"))
 
 
@@ -306,23 +323,34 @@ def test_eval_finds_mistakes_before_it_samples_and_overwrites_nothing_of_yours(g
     config = tmp_path / "eval.yaml"
     settings = {
         "model": str(DEMO / "model"),
-        "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 2},
+        "benchmarks": [
+            {
+                "name": "sums",
+                "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 2},
+            }
+        ],
         "reward": {"name": "numeric", "workers": 1},
         "num_samples": 1,
-        "k": [1],
         "sampling": {"temperature": 1.0},
         "max_tokens": 48,
     }
     config.write_text(yaml.safe_dump(settings))
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "evals" / "sums").mkdir(parents=True)
+    (tmp_path / "folder" / "evals" / "sums" / "mine.txt").write_text("mine")
     (tmp_path / "prompts.jsonl").write_text('{"mine": 1}\n')
-    refused(gft, "eval", config, "--out", "folder", saying=("folder", "is a folder"))
-    refused(gft, "eval", config, "--out", "prompts.jsonl/x.json", saying=("prompts.jsonl is a file",))
-    refused(gft, "eval", config, "--out", "prompts.jsonl", saying=("prompts.jsonl", "not a result"))
-    refused(gft, "eval", config, "--set", "reference=./no-model", saying=("no-model",))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "evals.jsonl").write_text('{"mine": 1}\n')
+    refused(gft, "eval", config, saying=("no run of gft train", "--out"))
+    refused(gft, "eval", config, "--out", "folder", saying=("evals/sums", "not of gft eval"))
+    refused(gft, "eval", config, "--out", "prompts.jsonl", saying=("prompts.jsonl is a file",))
+    refused(gft, "eval", config, "--out", "other", saying=("evals.jsonl, line 1", "no result of gft eval"))
+    refused(gft, "eval", config, "--out", "s3://bucket/evals", saying=("a folder",))
+    refused(gft, "eval", config, "--out", "new", "--set", "reference=./no-model", saying=("no-model",))
+    refused(gft, "eval", config, "--out", "new", "--against", "other", saying=("evals.jsonl, line 1",))
+    refused(gft, "eval", config, "--out", "new", "--against", "nowhere", saying=("nowhere: has no results",))
+    refused(gft, "eval", config, "--out", "new", "--set", "max_tokens=5000", saying=("benchmark sums", "max_tokens"))
     assert gft("eval", config, "--out", "2026").code == 0, "a name that YAML would read as a number"
-    assert gft("eval", config, "--out", "2026").code == 0, "an earlier result may be replaced"
-    assert "result" in json.loads((tmp_path / "2026").read_text())
+    assert json.loads((tmp_path / "2026" / "evals.jsonl").read_text())["benchmark"] == "sums"
 
 
 def test_a_dry_run_finds_a_missing_device_or_engine(gft: Gft, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Response groups by job arrays on a real Slurm: lost tasks and nodes, pre-emption, copies; the chain to an eval."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import slurm
 import yaml
 
 from gftdata.shards import MANIFEST, read_manifest, shard_paths, verify
+from gfttrain.results import read_results
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 DEMO, SLURM = SAMPLES / "demo", SAMPLES / "slurm"
@@ -155,7 +155,9 @@ def test_the_chain_ends_in_a_trained_model_and_its_evaluation(
         "epochs": 1,
     }
     measuring = {
-        "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": columns, "limit": 16},
+        "benchmarks": [
+            {"name": "sums", "prompts": {"path": str(DEMO / "eval.jsonl"), "columns": columns, "limit": 16}}
+        ],
         "num_samples": 2,
         "k": [1],
         "reference": str(DEMO / "model"),
@@ -192,11 +194,11 @@ def test_the_chain_ends_in_a_trained_model_and_its_evaluation(
     (train,) = slurm.wait_for(cluster, jobs["train"])
     assert (train.state, train.exit_code, train.restarts) == ("FAILED", 75, 0)
     slurm.wait_until(lambda: state(jobs["eval"]) == "CANCELLED", 60, cluster)
-    assert not (out / "train" / "final").exists() and not (out / "eval.json").exists()
+    assert not (out / "train" / "final").exists() and not (out / "train" / "evals.jsonl").exists()
 
     again = submit()
     assert slurm.wait_for(cluster, again["eval"], 240)[0].state == "COMPLETED", slurm.printed(cluster)
     assert_whole(out / "data")
     assert metrics.read_text().count("\n") == PROMPTS // 8
-    result = json.loads((out / "eval.json").read_text())["result"]
-    assert 0 <= result["pass_at"]["1"] <= 1 and result["kl"] > 0
+    result = read_results(out / "train")["sums"]
+    assert 0 <= result.pass_at[1].value <= 1 and result.kl is not None and result.kl > 0

@@ -12,6 +12,7 @@ from gfttrain.compare import Listeners, compare
 from gfttrain.config import EvalConfig, ObjectiveConfig
 from gfttrain.plan import select
 from gfttrain.presets import METHODS, folder_name
+from gfttrain.results import read_results
 
 SOURCES = ("expert", "teacher:a", "teacher:b", "self", "self", "self")
 REWARDS = (1.0, 1.0, 0.0, 1.0, 0.0, None)
@@ -69,7 +70,7 @@ def test_compare(data: Path, tmp_path: Path) -> None:
     prompts = {"path": str(DEMO / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 6}
     settings = {
         "model": "replaced",
-        "prompts": prompts,
+        "benchmarks": [{"name": "eval", "prompts": prompts}],
         "reward": {"name": "numeric", "workers": 1},
         "num_samples": 2,
         "greedy": False,
@@ -79,15 +80,17 @@ def test_compare(data: Path, tmp_path: Path) -> None:
     begun: list[tuple[str, str]] = []
     chosen = {name: METHODS[name] for name in ("SFT", "GFT w/o DCR")}
     listeners = Listeners(on_begin=lambda method, what: begun.append((method, what)))
-    outcomes = list(compare(config, chosen, {"eval": eval_config}, listeners))
+    outcomes = list(compare(config, chosen, eval_config, listeners))
     assert [outcome.method for outcome in outcomes] == ["base", *chosen]
     assert [outcome.model for outcome in outcomes] == [
         MODEL,
         tmp_path / "runs" / "sft" / "final",
         tmp_path / "runs" / "gft-wo-dcr" / "final",
     ]
-    assert begun == [("base", "eval"), *((m, what) for m in chosen for what in ("train", "eval"))]
+    assert begun == [("base", "evaluation"), *((m, what) for m in chosen for what in ("train", "evaluation"))]
+    assert [outcome.folder for outcome in outcomes] == [tmp_path / "runs" / n for n in ("base", "sft", "gft-wo-dcr")]
     for outcome in outcomes:
         result = outcome.results["eval"]
         assert result.model == str(outcome.model) and result.prompts == 6
-        assert math.isfinite(result.pass_at[1])
+        assert math.isfinite(result.pass_at[1].value)
+        assert read_results(outcome.folder) == outcome.results

@@ -1,6 +1,5 @@
 """samples/rounds as it stands, with fewer prompts."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gftdata.shards import read_manifest, verify
+from gfttrain.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,4 +27,5 @@ def test_two_rounds(tmp_path: Path) -> None:
     assert len(reference) == 2, "the second round's reference is the model that the first one trained"
     texts = [[s.responses for s in m.summary.sources if s.source == "expert"] for m in (first, second)]
     assert texts[0] == texts[1] == [24]
-    assert 0 < json.loads((out / "1" / "eval.json").read_text())["result"]["pass_at"]["1"] <= 1
+    results = read_results(out / "1" / "train")
+    assert 0 < results["sums"].pass_at[1].value <= 1 and {"subtraction", "reversal"} < results.keys()

@@ -95,8 +95,8 @@ def difference_of_means(a_P: Values, b_P: Values) -> Difference | None:
     difference = estimate(a_P - b_P)
     assert difference is not None
     moved = (a_P - b_P)[a_P != b_P]
-    p = 1.0
-    if len(moved):
+    p = 1.0  # of a single one that moved: it does so by either sign
+    if len(moved) > 1:
         p = permutation_test(
             (moved,),
             lambda x, axis: x.sum(axis=axis),

@@ -227,15 +227,12 @@ class BenchmarkConfig(MeasureConfig):
         return self
 
 
-class EvalConfig(MeasureConfig):
-    """All of `gft eval`. What `MeasureConfig` has stands here for all benchmarks, and in one of them for it alone."""
+class EvalSettings(MeasureConfig):
+    """How to evaluate a model. What `MeasureConfig` has stands here for all benchmarks, in one of them for it alone."""
 
-    model: str
     benchmarks: Annotated[tuple[BenchmarkConfig, ...], Field(min_length=1)]
     engine: EngineConfig = HfConfig()
     reference_engine: EngineConfig | None = None  # what scores with the reference; default: the config's engine
-    out: str | None = None  # folder of the results; default: the run, where the model is one of gft train
-    seed: int = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -251,16 +248,24 @@ class EvalConfig(MeasureConfig):
         return {**data, "benchmarks": [_completed(block, shared) for block in data["benchmarks"]]}
 
     @model_validator(mode="after")
-    def consistent(self) -> "EvalConfig":
+    def consistent(self) -> "EvalSettings":
         names = [benchmark.name.lower() for benchmark in self.benchmarks]  # some file systems know no case
         if len(set(names)) != len(names):
             raise ValueError(f"two benchmarks have the same name: {', '.join(names)}")
         referred = any(benchmark.reference is not None for benchmark in self.benchmarks)
         if referred and self.reference_engine is None and isinstance(self.engine, ServerConfig):
             raise ValueError(
-                f"reference needs an engine of its own (reference_engine): the config's is servers of {self.model}"
+                "reference needs an engine of its own (reference_engine): the config's is servers of the model"
             )
         return self
+
+
+class EvalConfig(EvalSettings):
+    """All of `gft eval`."""
+
+    model: str
+    out: str | None = None  # folder of the results; default: the run, where the model is one of gft train
+    seed: int = 0
 
 
 def _completed(block: Any, shared: Mapping[str, Any]) -> Any:

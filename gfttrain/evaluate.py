@@ -6,7 +6,7 @@ and results.py's, the statistics estimates.py's. `measure` is the same for a mod
 
 import fcntl
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from gfttrain.samples import (
     drop_verdicts,
     is_complete,
     judged,
+    num_drawn,
     open_verdicts,
     read_samples,
     read_verdicts,
@@ -77,9 +78,12 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> dic
     what the user can mend.
     """
     found = plan(config)
-    results = {one.name: one.result for one in found.benchmarks if one.result is not None}
-    for name in results:
-        on_event(Event("there", name))
+    results: dict[str, Result] = {}
+    for one in found.benchmarks:
+        if one.result is not None:
+            results[one.name] = one.result
+            drop_journals(one.folder)  # a kill may have come between the result and this
+            on_event(Event("there", one.name))
     open_ones = [one for one in found.benchmarks if one.name not in results]
     if open_ones:
         with _alone(found.out):
@@ -94,7 +98,8 @@ def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Liste
     results: dict[str, Result] = {}
     undrawn = [one for one in open_ones if not is_complete(one.folder)]
     with ExitStack() as stack:
-        if undrawn:
+        engine: Sampler | None = None  # after a stop that came later, nothing is to be drawn
+        if any(num_drawn(one.folder) < one.num_samples for one in undrawn):
             engine = stack.enter_context(closing(open_engine(found.config.model, found.config.engine, found.tokenizer)))
         judges: dict[RewardConfig, Submit] = {}  # left before the engine: an error ends them first
         for one in undrawn:
@@ -117,7 +122,7 @@ def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Liste
     return results
 
 
-def _draw(found: Plan, one: Benchmark, engine: "Sampler", submit: Submit, on_event: Listener) -> None:
+def _draw(found: Plan, one: Benchmark, engine: "Sampler | None", submit: Submit, on_event: Listener) -> None:
     """Draw and judge what the journals lack. A sample is in its journal before anything else happens to it."""
     store, attempt = FolderStore(one.folder), new_attempt()
     entries, known = read_journal(store, SHARD), read_verdicts(one.folder)
@@ -125,12 +130,14 @@ def _draw(found: Plan, one: Benchmark, engine: "Sampler", submit: Submit, on_eve
     written_by = f"{shown_name(found.config.model)}@{found.revision[:12]}"
     waiting: deque[tuple[Key, Future[Verdict]]] = deque()
     prompts = one.questions.prompts
-    greedy = one.settings.greedy
     with closing(open_journal(store, attempt)) as journal, open_verdicts(one.folder, attempt) as note:
         for key, entry in entries.items():
             if key not in known:
                 waiting.append((key, submit(prompts[entry.row], entry.text)))
-        drawn = draw(one.settings, one.questions, engine, found.config.seed, entries.keys(), greedy=greedy)
+        drawn: Iterable[tuple[Key, Sample]] = ()
+        if engine is not None:
+            seed, greedy = found.config.seed, one.settings.greedy
+            drawn = draw(one.settings, one.questions, engine, seed, entries.keys(), greedy=greedy)
         for key, sample in drawn:
             source, row, _ = key
             journal.append(SHARD, entry_of(sample, source, row, written_by))

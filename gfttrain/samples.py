@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),  # stop, length, or refused by the engine
         pa.field("reward", pa.float64()),  # null: not judged, for the reason in status
         pa.field("status", pa.string(), nullable=False),
+        pa.field("seed", pa.int64()),  # null where the engine does not honour seeds
         pa.field("logprob_sum", pa.float64(), nullable=False),  # nats, temperature-scaled, over the tokens
         pa.field("ref_logprob_sum", pa.float64()),  # of the reference, at temperature 1; null without one
     ]
@@ -63,6 +64,7 @@ class Judged:
     num_tokens: int
     finish_reason: str
     verdict: Verdict
+    seed: int | None  # None where the engine does not honour seeds
     logprob_sum: float
     ref_logprob_sum: float | None
 
@@ -90,6 +92,7 @@ def judged(entry: Entry, verdict: Verdict, ref_logprob_sum: float | None = None)
         num_tokens=len(entry.response_ids),
         finish_reason=entry.finish_reason,
         verdict=verdict,
+        seed=entry.seed,
         logprob_sum=float(entry.behavior_logprobs.sum(dtype=np.float64)),
         ref_logprob_sum=ref_logprob_sum,
     )
@@ -98,7 +101,7 @@ def judged(entry: Entry, verdict: Verdict, ref_logprob_sum: float | None = None)
 def refused(key: Key) -> Judged:
     """What stands for a sample that the engine gave up."""
     source, row, index = key
-    return Judged(row, index, source == GREEDY, "", 0, REFUSED, Verdict(None, "error:refused"), 0.0, None)
+    return Judged(row, index, source == GREEDY, "", 0, REFUSED, Verdict(None, "error:refused"), None, 0.0, None)
 
 
 def all_keys(num_prompts: int, num_samples: int, *, greedy: bool) -> list[Key]:
@@ -208,6 +211,7 @@ def write_samples(folder: Path, prompts: Sequence[Prompt], samples: Sequence[Jud
         "finish_reason": [s.finish_reason for s in samples],
         "reward": [s.verdict.reward for s in samples],
         "status": [s.verdict.status for s in samples],
+        "seed": [s.seed for s in samples],
         "logprob_sum": [s.logprob_sum for s in samples],
         "ref_logprob_sum": [s.ref_logprob_sum for s in samples],
     }
@@ -243,6 +247,7 @@ def read_samples(folder: Path, prompts: Sequence[Prompt]) -> list[Judged]:
             num_tokens=line["num_tokens"],
             finish_reason=line["finish_reason"],
             verdict=Verdict(line["reward"], line["status"]),
+            seed=line["seed"],
             logprob_sum=line["logprob_sum"],
             ref_logprob_sum=line["ref_logprob_sum"],
         )

@@ -249,6 +249,17 @@ def test_of_sglangs_settings_only_those_that_change_the_output_are_in_the_recipe
     assert "engine.name" in recipe_differences(plain.recipe(), with_engines({}).recipe())
 
 
+def test_a_block_of_a_list_is_overridden_by_its_name(tmp_path: Path) -> None:
+    teachers = [{"name": name, "model": "big"} for name in ("a", "b")]
+    path = write(tmp_path, MINIMAL | {"responses": {"teachers": teachers}})
+    config = load_config(
+        GenerateConfig, path, ["responses.teachers.b.count=7", "responses.teachers.b.sampling.top_p=0.5"]
+    )
+    assert [(t.count, t.sampling.top_p) for t in config.responses.teachers] == [(3, 1.0), (7, 0.5)]
+    with pytest.raises(UserError, match="nothing is named `c` there; there are: a, b"):
+        load_config(GenerateConfig, path, ["responses.teachers.c.count=7"])
+
+
 def test_a_teacher_may_have_an_engine_of_its_own() -> None:
     from gftdata.prepare import phases
 

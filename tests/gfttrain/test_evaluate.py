@@ -129,6 +129,7 @@ def test_every_sample_stands_in_a_file_of_its_own_row(result: Result, out: Path)
     assert result.entropy == pytest.approx(-sum(row["logprob_sum"] for row in drawn) / tokens)
     assert result.kl == pytest.approx(sum(r["logprob_sum"] - r["ref_logprob_sum"] for r in drawn) / tokens, abs=1e-9)
     assert all(row["ref_logprob_sum"] is None for row in rows if row["greedy"])
+    assert [row["seed"] for row in drawn[:2]] == [sample_seed(0, prompts[0].prompt_id, "eval", k) for k in (0, 1)]
 
 
 def test_agrees_with_sampling_and_judging_again(result: Result) -> None:
@@ -320,8 +321,7 @@ def test_nothing_judged_is_an_error_and_judging_again_needs_no_sampling(
     with pytest.raises(UserError, match=r"sums: none of 6 samples could be judged \(error:LookupError\); look at"):
         run(tmp_path / "out", {"limit": 3}, **settings)
     (tmp_path / "own_eval_rewards.py").write_text(REWARDS.replace("raise LookupError", "return 1.0"))
-    before = journal_of(tmp_path / "out")
-    assert len(before) == 9 and read_results(tmp_path / "out") == {}
+    assert len(journal_of(tmp_path / "out")) == 9 and read_results(tmp_path / "out") == {}
     refuse_to_sample(monkeypatch)
     assert run(tmp_path / "out", {"limit": 3}, **settings).pass_at[1].value == 1.0
 
@@ -334,11 +334,7 @@ def journal_of(out: Path) -> list[tuple[str, int, int]]:
 
 
 def refuse_to_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample(engine: Any, requests: Any, sampling: Any) -> Any:
-        assert not list(requests), "nothing is missing"
-        return iter(())
-
-    monkeypatch.setattr("gftdata.engines.hf.HfEngine.sample", sample)
+    monkeypatch.setattr("gftdata.engines.hf.HfEngine.sample", lambda *_: pytest.fail("nothing is missing"))
 
 
 def test_killed_at_random_times_and_continued_it_ends_the_same(result: Result, out: Path, tmp_path: Path) -> None:
@@ -394,6 +390,7 @@ def test_a_stop_at_the_end_costs_no_sample(tmp_path: Path, monkeypatch: pytest.M
     same(run(tmp_path / "stopped", {"limit": 4}, **settings), expected)
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
     assert len((tmp_path / "stopped" / "evals.jsonl").read_text().splitlines()) == 1
+    assert not (benchmark_folder(tmp_path / "stopped", "sums") / WORK).exists()
 
 
 def test_a_signal_ends_it_and_the_same_command_continues(

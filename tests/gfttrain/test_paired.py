@@ -141,7 +141,7 @@ def leave(
         asked += [(True, 0, greedy[prompt])] if greedy else []
         for is_greedy, k, reward in asked:
             verdict = Verdict(reward, "ok" if reward is not None else "timeout")
-            samples.append(Judged(row, k, is_greedy, "t", 1, "stop", verdict, -1.0, None))
+            samples.append(Judged(row, k, is_greedy, "t", 1, "stop", verdict, None, -1.0, None))
     write_samples(benchmark_folder(folder, "sums"), prompts, samples)
     append_result(folder, replace(RESULT, settings=RESULT.settings | settings))
     return folder

@@ -23,6 +23,8 @@ from gftdata.generate import generate
 from gftdata.shards import verify
 from gftdata.tokens import encode_prompt, load_tokenizer
 from gftdata.types import Message, Refusal, Sample, SampleRequest, Sampling, ScoreRequest, Seed, Unscored
+from gfttrain.config import EvalConfig
+from gfttrain.evaluate import evaluate
 
 # the demo has no chat template: the endpoint is to see what the engine is given
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -203,6 +205,33 @@ def test_generate_draws_teacher_and_self_and_continues(
             if row["behavior_logprobs"][k] is not None:
                 differs = max(differs, float(np.abs(np.array(row["behavior_logprobs"][k]) - expected).max()))
     assert differs > 0.05
+
+
+def test_an_evaluation_by_the_server_and_a_reference_beside_it(url: str, demo: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": str(demo / "model"),
+        "out": str(tmp_path),
+        "benchmarks": [
+            {
+                "name": "sums",
+                "prompts": {"path": str(demo / "eval.jsonl"), "columns": {"ground_truth": "answer"}, "limit": 6},
+            }
+        ],
+        "reward": {"name": "numeric", "workers": 1},
+        "num_samples": 4,
+        "sampling": {"temperature": 1.0},
+        "max_tokens": 48,
+        "reference": str(demo / "model"),
+        "engine": {"name": "server", "urls": [url], "timeout_s": 120, "give_up_after_s": 240},
+        "reference_engine": {"name": "hf", "device": "cpu"},
+    }
+    result = evaluate(validate_config(EvalConfig, settings, "test"))["sums"]
+    rows = pl.read_parquet(tmp_path / "evals" / "sums" / "samples.parquet")
+    assert len(rows) == 6 * 5 and rows["seed"].is_null().all() and set(rows["status"]) == {"ok"}
+    drawn = rows.filter(~pl.col("greedy"))
+    np.testing.assert_allclose(drawn["logprob_sum"], drawn["ref_logprob_sum"], atol=1e-2)
+    assert result.kl is not None and abs(result.kl) < 1e-3
+    assert result.entropy == pytest.approx(-drawn["ref_logprob_sum"].sum() / drawn["num_tokens"].sum(), abs=1e-3)
 
 
 def test_a_server_that_is_killed_ends_the_run_in_the_stated_time(

@@ -457,8 +457,8 @@ def evaluate(
         results = evaluation.evaluate(settings, listener)
     show.evaluations(console, results)
     here = show.relative(folder)
-    console.print(f"\nResults: {here}/{EVALS}", soft_wrap=True, highlight=False)
-    console.print(f"Samples: {here}/{EVALS_FOLDER}/*/samples.parquet", soft_wrap=True, highlight=False)
+    console.print(f"\nResults: {here}/{EVALS}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Samples: {here}/{EVALS_FOLDER}/*/samples.parquet", soft_wrap=True, highlight=False, markup=False)
     if against is not None:
         console.print()
         show.paired(console, here, show.relative(against), paired.compare_all(folder, against, tuple(results)))

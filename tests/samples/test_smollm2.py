@@ -54,7 +54,7 @@ def test_generate_train_resume_export_load_generate(smollm2: Path, gsm8k: Path, 
             "out": str(data),
             "prompts": {
                 "path": str(gsm8k),
-                "columns": {"ground_truth": "answer", "expert": "answer"},
+                "format": "gsm8k",
                 "template": "{question} Give the final answer as a number.",
                 "limit": 3,
             },

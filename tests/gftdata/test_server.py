@@ -128,6 +128,10 @@ def test_what_is_asked_and_what_comes_of_it(open_server: Open, tokenizer: Tokeni
             "return_logprob": True,
             "logprob_start_len": 4,
         }
+        fault.seen.clear()
+        list(engine.sample(wanted[:1], SAMPLING.greedily()))
+        greedy = fault.seen[0].body["sampling_params"]
+        assert (greedy["temperature"], greedy["top_k"], greedy["max_new_tokens"]) == (1.0, 1, 8)
         assert engine.score([]) == []
 
 

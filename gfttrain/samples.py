@@ -124,7 +124,8 @@ def rewards_PN(samples: Sequence[Judged], num_prompts: int, num_samples: int, *,
 
 def check_folder(folder: Path) -> None:
     """Raise UserError for a folder that holds something else than a benchmark's samples."""
-    if folder.is_dir() and any(folder.iterdir()) and read_recipe(folder) is None and not (folder / WORK).is_dir():
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    if there - {RECIPE, SAMPLES} and read_recipe(folder) is None:
         raise UserError(f"{folder}: not empty and not of gft eval; move it away, or name another folder (out)")
 
 

@@ -191,6 +191,8 @@ def test_missing_things_are_user_errors(tmp_path: Path) -> None:
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "evals" / "sums"
     folder.mkdir(parents=True)
+    (folder / "samples.parquet").write_bytes(b"of a benchmark that was being begun anew")
+    assert plan(settings(out=str(tmp_path))).benchmarks[0].num_drawn == 0
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not of gft eval; move it away"):
         plan(settings(out=str(tmp_path)))

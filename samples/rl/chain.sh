@@ -29,12 +29,15 @@ for stage in base sft gft grpo; do
 done
 python - "$out" <<'END'
 import json, sys
+import pyarrow.compute as pc, pyarrow.parquet as pq
 print(f"{'after':<6}{'pass@1':>8}{'+-':>8}{'pass@16':>9}{'greedy':>8}{'entropy':>9}{'KL':>8}")
 for stage in ("base", "sft", "gft", "grpo"):
     with open(f"{sys.argv[1]}/{stage}/evals.jsonl") as file:
         r = [line for line in map(json.loads, file) if line["benchmark"] == "sums"][-1]
-    once, often, greedy = r["pass_at"]["1"], r["pass_at"]["16"], r["greedy"]
-    error = (once["high"] - once["low"]) / (2 * 1.96)  # of a 95 % interval
-    numbers = (once["value"], error, often["value"], greedy["value"], r["entropy"], r["kl"])
+    samples = pq.read_table(f"{sys.argv[1]}/{stage}/evals/sums/samples.parquet", filters=~pc.field("greedy"))
+    rates = samples.group_by("prompt_id").aggregate([("reward", "mean")])["reward_mean"]
+    error = pc.stddev(rates, ddof=1).as_py() / len(rates) ** 0.5
+    once, often, greedy = (found["value"] for found in (r["pass_at"]["1"], r["pass_at"]["16"], r["greedy"]))
+    numbers = (once, error, often, greedy, r["entropy"], r["kl"])
     print(f"{stage:<6}" + "".join(f"{n:>{w}.3f}" for n, w in zip(numbers, (8, 8, 9, 8, 9, 8))))
 END

@@ -194,9 +194,7 @@ def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
                 tokens += event.tokens
                 note = f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tokens/s"
                 bars.update(samples, advance=1, note=note)
-            done = bars.tasks[samples]
-            plain.say(
-                f"{event.benchmark}: {done.completed:,.0f} of {done.total or 0:,.0f} samples, {done.fields['note']}"
-            )
+                done = bars.tasks[samples]
+                plain.say(f"{event.benchmark}: {done.completed:,.0f} of {done.total or 0:,.0f} samples, {note}")
 
         yield listen

@@ -195,8 +195,8 @@ def _score(one: Benchmark, scorer: "Scorer", on_event: Listener) -> dict[Key, fl
     for entry, score in zip(entries, scorer.score(requests), strict=True):
         if isinstance(score, Unscored):
             raise UserError(
-                f"benchmark {one.name}: the reference cannot score a sample: {score.reason}; the samples are kept: the "
-                "same command continues, without KL if reference is null"
+                f"benchmark {one.name}: the reference cannot score a sample: {score.reason}; the samples are kept, and "
+                "the same command tries again; look at the reference and its engine"
             )
         sums[entry.key] = float(score.sum(dtype=np.float64))
     return sums

@@ -30,7 +30,7 @@ from gftdata.prompts import read_prompts
 from gftdata.rewards import judge
 from gftdata.store import FolderStore
 from gftdata.tokens import encode_prompt, load_tokenizer
-from gftdata.types import Prompt, Refusal, SampleRequest, ScoreRequest
+from gftdata.types import Prompt, Refusal, SampleRequest, ScoreRequest, Unscored
 from gfttrain import evaluate as evaluation
 from gfttrain.config import EvalConfig
 from gfttrain.evaluate import Event, evaluate
@@ -526,9 +526,7 @@ def grudging(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[SampleRequest],
     monkeypatch.setattr(evaluation, "open_engine", lambda *args: Grudging(open_hf(*args), refuses))
 
 
-def test_what_the_engine_gives_up_is_counted_and_asked_again_when_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_engine_gives_up_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"num_samples": 4, "k": [1], "reference": None, "greedy": False}
     grudging(monkeypatch, lambda request: request.index == 3)
     found = run(tmp_path, {"limit": 3}, **settings)
@@ -545,6 +543,18 @@ def test_refusals_alone_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run(tmp_path / "few", {"limit": 2}, **settings)
     with pytest.raises(UserError, match="32 requests were refused"):
         run(tmp_path / "many", {"limit": 20}, **settings)
+
+
+def test_a_sample_that_the_reference_cannot_score_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr("gftdata.engines.hf.HfEngine.score", lambda _, asked: [Unscored("too long")] * len(asked))
+        with pytest.raises(UserError, match="benchmark sums: the reference cannot score a sample: too long"):
+            run(tmp_path, {"limit": 2}, num_samples=1, k=[1])
+    assert len(journal_of(tmp_path)) == 4
+    refuse_to_sample(monkeypatch)
+    assert run(tmp_path, {"limit": 2}, num_samples=1, k=[1]).kl == pytest.approx(0, abs=1e-5)
 
 
 def test_the_engine_is_closed_before_the_reference_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

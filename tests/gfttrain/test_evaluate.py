@@ -342,7 +342,7 @@ def test_killed_at_random_times_and_continued_it_ends_the_same(result: Result, o
     seed = time.time_ns() % 10**6
     print("seed of the kills:", seed)
     rng = random.Random(seed)
-    config = eval_settings(out=str(tmp_path), engine={"batch_size": 4})
+    config = eval_settings(out=str(tmp_path), engine={"batch_size": 8})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gfttrain.evaluate", "gftdata.engines.hf"])
     journal = benchmark_folder(tmp_path, "sums") / WORK / "journal" / "00000"

@@ -429,6 +429,11 @@ def load_config(
     of the wrong type.
     """
     path = Path(path)
+    return load_settings(kind, read_settings(path), str(path), overrides, values)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML settings file, not validated. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such config file; `gft init` writes a starter config")
     try:
@@ -437,7 +442,7 @@ def load_config(
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
-    return load_settings(kind, data, str(path), overrides, values)
+    return data
 
 
 def load_settings(

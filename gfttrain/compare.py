@@ -1,23 +1,36 @@
-"""Train several objectives from the same shards and evaluate each: the paper's comparison at whatever scale one has."""
+"""`gft compare`: train and evaluate run after run; what is finished is not done again.
 
-from collections.abc import Callable, Iterator, Mapping
+Which runs there are is compare_config.py's, what their results say together comparison.py's.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import yaml
+
+from gftdata.engines.hf import pick_device
+from gftdata.errors import UserError
+from gftdata.shards import check_writable, write_atomic
+from gfttrain import benchmarks, forecast, prepare
 from gfttrain import evaluate as evaluation
 from gfttrain import train as training
-from gfttrain.config import EvalConfig, ObjectiveConfig, TrainConfig
-from gfttrain.presets import folder_name
+from gfttrain.compare_config import CompareConfig, Run, runs
+from gfttrain.config import TrainConfig
+from gfttrain.distributed import launch
 from gfttrain.results import Result
+from gfttrain.runs import FINAL
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One model of a comparison, with the result of each benchmark."""
 
-    method: str  # `base` for the untrained one
-    model: Path
-    folder: Path  # of its results: its run, or `base` beside the runs
+    run: Run
+    of: int  # so many models
     results: dict[str, Result]
 
 
@@ -25,28 +38,86 @@ class Outcome:
 class Listeners:
     """Who shows the progress of the parts."""
 
-    on_begin: Callable[[str, str], None] = lambda method, what: None
+    on_begin: Callable[[Run, str], None] = lambda run, what: None
     on_train: training.Listener = lambda event: None
     on_eval: evaluation.Listener = lambda event: None
 
 
-def compare(
-    config: TrainConfig,
-    methods: Mapping[str, ObjectiveConfig],
-    evals: EvalConfig,
-    listeners: Listeners | None = None,
-) -> Iterator[Outcome]:
-    """Yield the base model's outcome, then each method's, trained into `config.out/<method>`, evaluated there too.
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """What a run will take, before it takes it."""
 
-    Only the objective differs between runs: data, seed, order of prompts and optimizer are the same.
+    run: Run
+    prepared: prepare.Prepared | None  # None: the untrained model
+    forecast: forecast.Forecast | None  # None: nothing is left to train
+    evaluation: benchmarks.Plan | None  # None: its model is not there yet, and its benchmarks are the untrained one's
+
+
+def plan(config: CompareConfig, nproc: int = 1, *, estimate: bool = True) -> list[PlannedRun]:
+    """Check every run before the first one begins. Raises UserError, and writes nothing.
+
+    With `estimate`, also lay out their steps: memory and time of each.
+    """
+    device = pick_device(config.train.device)
+    rate: float | None = None
+    found: list[PlannedRun] = []
+    for run in runs(config):
+        if run.training is None:
+            found.append(PlannedRun(run, None, None, benchmarks.plan(run.evaluation)))
+            continue
+        prepared = prepare.prepare(run.training)
+        expected = None
+        if estimate and not prepared.finished:
+            expected = forecast.forecast(run.training, prepared, device, nproc, rate)
+            rate = expected.gemm_flops_per_second
+        found.append(
+            PlannedRun(run, prepared, expected, benchmarks.plan(run.evaluation) if prepared.finished else None)
+        )
+    return found
+
+
+def compare(config: CompareConfig, listeners: Listeners | None = None, nproc: int = 1) -> Iterator[Outcome]:
+    """Yield the untrained model's outcome, then that of each method and seed, as they are done.
+
+    Only objective and seed differ between runs: data, order of prompts, optimizer and evaluation are the same. Stopped
+    at any moment and called again it continues. Raises UserError, what `train` raises on signals, and SystemExit with
+    the code of a training of several processes that failed.
     """
     listeners = listeners or Listeners()
-    for name in ("base", *methods):
-        model, folder = Path(config.model), Path(config.out) / folder_name(name)
-        if name != "base":
-            listeners.on_begin(name, "train")
-            run = config.model_copy(update={"objective": methods[name], "out": str(folder)})
-            model = training.train(run, listeners.on_train)
-        listeners.on_begin(name, "evaluation")
-        own = evals.model_copy(update={"model": str(model), "out": str(folder)})
-        yield Outcome(name, model, folder, evaluation.evaluate(own, listeners.on_eval))
+    check_writable(runs(config)[0].folder.parent)
+    plan(config, estimate=False)
+    every = runs(config)
+    for run in every:
+        if run.training is not None:
+            listeners.on_begin(run, "training")
+            _train(run.training, nproc, listeners)
+        listeners.on_begin(run, "evaluation")
+        yield Outcome(run, len(every), evaluation.evaluate(run.evaluation, listeners.on_eval))
+        _release()
+
+
+def _train(config: TrainConfig, nproc: int, listeners: Listeners) -> None:
+    """In this process; of several, each is `gft train` by itself, so that this one holds no device."""
+    out = Path(config.out)
+    if (out / FINAL).is_dir():
+        prepare.prepare(config)  # finished, and with these settings
+        return
+    if nproc == 1:
+        training.train(config, listeners.on_train)
+        _release()
+        return
+    file = out.with_name(f"{out.name}.yaml")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    code = launch(nproc, [sys.executable, "-m", "gftcli.main", "train", str(file)])
+    if code == 75:
+        raise training.Stopped(f"{out}: the training was stopped and is saved; the same command continues")
+    if code:
+        raise UserError(f"{out}: its training ended with exit code {code}; what it said stands above")
+
+
+def _release() -> None:
+    """Give the device's memory back: the next engine or model wants all of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -233,6 +233,7 @@ class EvalSettings(MeasureConfig):
     benchmarks: Annotated[tuple[BenchmarkConfig, ...], Field(min_length=1)]
     engine: EngineConfig = HfConfig()
     reference_engine: EngineConfig | None = None  # what scores with the reference; default: the config's engine
+    seed: int = 0  # of the samples
 
     @model_validator(mode="before")
     @classmethod
@@ -265,7 +266,6 @@ class EvalConfig(EvalSettings):
 
     model: str
     out: str | None = None  # folder of the results; default: the run, where the model is one of gft train
-    seed: int = 0
 
 
 def _completed(block: Any, shared: Mapping[str, Any]) -> Any:

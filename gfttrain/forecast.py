@@ -35,15 +35,24 @@ class Forecast:
     seconds: float
 
 
-def forecast(config: TrainConfig, prepared: Prepared, device: torch.device, num_ranks: int = 1) -> Forecast:
-    """Lay out the steps that are left, and estimate what they take."""
+def forecast(
+    config: TrainConfig,
+    prepared: Prepared,
+    device: torch.device,
+    num_ranks: int = 1,
+    gemm_flops_per_second: float | None = None,
+) -> Forecast:
+    """Lay out the steps that are left, and estimate what they take.
+
+    The rate of matrix products is measured, unless it is given from an earlier forecast on the same device.
+    """
     left = prepared.steps[prepared.first_step :]
     places = np.linspace(0, len(left) - 1, min(len(left), MAX_STEPS_LAID_OUT)).astype(int)
     steps = [left[place] for place in np.unique(places).tolist()]
     layout = layout_totals(prepared.index, prepared.selection, steps, config.batch, prepared.cost, num_ranks)
     scale = len(left) / max(1, len(steps))
     dtype = compute_dtype(config, device)
-    rate = measure_gemm(dtype, device)
+    rate = gemm_flops_per_second or measure_gemm(dtype, device)
     work = layout.slowest_rank_flops * scale * (4 / 3 if config.gradient_checkpointing else 1.0)
     outlined = outline(config.model)
     return Forecast(

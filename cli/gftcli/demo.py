@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 
-from gftcli import progress, show
+from gftcli import progress, show, show_comparison
 from gftdata.config import GenerateConfig, load_config
 from gftdata.errors import UserError
 from gftdata.generate import generate
@@ -18,13 +18,10 @@ from gftdata.schema import table_to_groups
 from gftdata.shards import read_manifest, shard_paths
 from gftdata.types import Group
 from gfttrain.advantage import group_advantages
-from gfttrain.compare import Listeners, Outcome, compare
-from gfttrain.config import EvalConfig, TrainConfig
-from gfttrain.presets import METHODS
+from gfttrain.compare import compare
+from gfttrain.compare_config import CompareConfig, load_compare, runs
+from gfttrain.comparison import tabulate, write_comparison
 from gfttrain.samples import GreedyAnswer, greedy_answers
-
-SHOWN = ("SFT", "DFT", "RFT", "GFT", "GFT w/o GAL", "GFT w/o DCR")
-PROBES = ("subtraction", "reversal")
 
 
 def sample_folder() -> Path:
@@ -48,35 +45,38 @@ def run(console: Console, out: Path) -> None:
         manifest = generate(settings, listener)
     assert manifest is not None
     show.manifest(console, str(data), manifest)
+    config = comparison_config(sample, data, out)
 
     title(console, "2. One group: rewards are standardised within it (Group Advantage Learning)")
     show_group(console, first_mixed_group(data))
 
-    title(console, f"3. Train {len(SHOWN)} ways from the same shards, and compare")
-    places = {"model": model, "data": str(data), "out": str(out)}
-    config = load_config(TrainConfig, sample / "train.yaml", values=places)
-    outcomes = compare_with_progress(console, config, eval_config(sample))
-    show_outcomes(console, outcomes)
+    title(console, f"3. Train {len(config.methods)} ways from the same shards, and compare")
+    with progress.comparison(console) as listeners:
+        for number, done in enumerate(compare(config, listeners), 1):
+            show_comparison.outcome(console, number, done)
+    rows = tabulate(config)
+    show_comparison.comparison(console, config, rows)
+    write_comparison(config, rows)
 
     title(console, "4. The first sum that not all of them get right, answered by each (greedy)")
-    rows = show.table("method", "answer", "right")
-    answers = {outcome.method: greedy_answers(outcome.folder, "sums") for outcome in outcomes}
+    shown = show.table("method", "answer", "right")
+    answers = {run.method: greedy_answers(run.folder, "sums") for run in runs(config)}
     number = first_difference(list(answers.values()))
     for method, of_method in answers.items():
         answer = of_method[number]
-        rows.add_row(method, answer.question + answer.text, "yes" if answer.reward == 1.0 else "no")
-    rows.columns[1].justify = "left"
-    console.print(rows)
+        shown.add_row(method, answer.question + answer.text, "yes" if answer.reward == 1.0 else "no")
+    shown.columns[1].justify = "left"
+    console.print(shown)
     closing(console, out, time.monotonic() - began)
 
 
-def eval_config(sample: Path) -> EvalConfig:
-    """The sums, and the two skills that fine-tuning never touches."""
-    places = {f"benchmarks.{probe}.prompts.path": str(sample / f"{probe}.jsonl") for probe in PROBES}
-    places |= {"benchmarks.sums.prompts.path": str(sample / "eval.jsonl")}
-    return load_config(
-        EvalConfig, sample / "eval.yaml", values={**places, "benchmarks.sums.reference": str(sample / "model")}
-    )
+def comparison_config(sample: Path, data: Path, out: Path) -> CompareConfig:
+    """samples/demo/compare.yaml, wherever the sample is."""
+    model = str(sample / "model")
+    prompts = {"sums": "eval", "subtraction": "subtraction", "reversal": "reversal"}
+    places = {f"eval.benchmarks.{name}.prompts.path": str(sample / f"{file}.jsonl") for name, file in prompts.items()}
+    places |= {"model": model, "data": str(data), "out": str(out), "eval.benchmarks.sums.reference": model}
+    return load_compare(sample / "compare.yaml", values=places)
 
 
 def first_mixed_group(data: Path) -> Group:
@@ -114,57 +114,6 @@ def show_group(console: Console, group: Group) -> None:
     console.print(rows)
 
 
-def compare_with_progress(console: Console, config: TrainConfig, evals: EvalConfig) -> list[Outcome]:
-    """Run the comparison, a line for each model as it is done."""
-    outcomes: list[Outcome] = []
-    total = len(SHOWN) + 1
-    with console.status("", spinner="line") as status:
-
-        def on_begin(method: str, what: str) -> None:
-            status.update(f"{method}: {what}")
-            state["method"] = method
-
-        state = {"method": ""}
-        listeners = Listeners(
-            on_begin=on_begin,
-            on_train=lambda event: status.update(
-                f"{state['method']}: step {event.step} of {event.num_steps}  "
-                + (progress.step_note(event.metrics) if event.metrics else "")
-            ),
-        )
-        for outcome in compare(config, {name: METHODS[name] for name in SHOWN}, evals, listeners):
-            outcomes.append(outcome)
-            accuracy = outcome.results["sums"].pass_at[1].value
-            console.print(f"  {len(outcomes)}/{total}  {outcome.method:<12} pass@1 {accuracy:.3f}", highlight=False)
-    return outcomes
-
-
-def show_outcomes(console: Console, outcomes: list[Outcome]) -> None:
-    """The comparison as one table."""
-    rows = show.table("method", "pass@1", "95 %", "pass@16", "greedy", "entropy", "KL", "subtract", "reverse")
-    for outcome in outcomes:
-        sums = outcome.results["sums"]
-        rows.add_row(
-            outcome.method,
-            show.value(sums.pass_at[1]),
-            show.interval(sums.pass_at[1]),
-            show.value(sums.pass_at.get(16)),
-            show.value(sums.greedy),
-            show.decimal(sums.entropy),
-            show.decimal(sums.kl),
-            *(show.value(outcome.results[probe].pass_at[1]) for probe in PROBES),
-        )
-    console.print()
-    console.print(rows)
-    best = max(outcomes, key=lambda outcome: outcome.results["sums"].pass_at[1].value)
-    console.print(
-        f"\nHighest pass@1 here: {best.method}. That is one training seed; 95 % is the interval over prompts.\n"
-        "entropy, and KL to the base model, in nats per token. subtract and reverse are pass@1 on two\n"
-        "skills that training never touched: what falls there is forgotten.",
-        highlight=False,
-    )
-
-
 def closing(console: Console, out: Path, seconds: float) -> None:
     """Which files to open, and how to do the same with one's own model."""
     title(console, f"Done in {seconds:.0f} seconds. Look at")
@@ -183,7 +132,8 @@ def closing(console: Console, out: Path, seconds: float) -> None:
         "\nThe same with your own model and data:\n\n"
         "  gft init my-run --model PATH-OR-HUB-ID --prompts prompts.jsonl\n"
         "  gft generate my-run/generate.yaml\n"
-        "  gft train my-run/train.yaml",
+        "  gft train my-run/train.yaml\n"
+        "  gft compare my-run/compare.yaml",
         highlight=False,
         soft_wrap=True,
     )

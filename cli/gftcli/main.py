@@ -465,6 +465,46 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: ConfigFile,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option("--data", help="Overrides `data` of the config.")] = None,
+    out: Out = None,
+    set_: Set = None,
+    nproc: Annotated[int, typer.Option("--nproc", metavar="N", min=1, help="Processes (GPUs) of each training.")] = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one model several ways on the same groups, evaluate each and the untrained one, print the tables.
+
+    Stopped at any moment, the same command continues: what is finished is not done again.
+    """
+    from gftcli import progress, show, show_comparison
+    from gfttrain.compare_config import load_compare
+
+    settings = load_compare(config, set_ or [], _given(model=model, data=data, out=out))
+    _quiet_libraries()
+    from gftdata.tasks import stop_on_signals
+    from gfttrain import compare as comparing
+    from gfttrain import comparison
+    from gfttrain import train as training
+
+    console = show.open_console()
+    if dry_run:
+        show_comparison.planned(console, settings, comparing.plan(settings, nproc))
+        return
+    try:
+        with stop_on_signals(), progress.comparison(console) as listeners:
+            for number, done in enumerate(comparing.compare(settings, listeners, nproc), 1):
+                show_comparison.outcome(console, number, done)
+    except training.Stopped as stopped:
+        console.print(str(stopped), soft_wrap=True, highlight=False)
+        raise typer.Exit(75) from None
+    rows = comparison.tabulate(settings)
+    show_comparison.comparison(console, settings, rows)
+    console.print(f"\nAs JSON: {comparison.write_comparison(settings, rows)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def fetch(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Of `gft generate`, `train` or `eval`.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what and how much, download nothing.")] = False,
@@ -489,11 +529,11 @@ def fetch(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the three files.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the four files.")] = Path(),
     model: Annotated[str, typer.Option("--model", help="The model to fine-tune: folder or Hub id.")] = "PATH-OR-HUB-ID",
     prompts: Annotated[str, typer.Option("--prompts", help="Your prompts: .jsonl or .parquet.")] = "prompts.jsonl",
 ) -> None:
-    """Write commented starter configs for your own model and data: generate.yaml, train.yaml, eval.yaml."""
+    """Write commented starter configs for your own model and data: generate.yaml, train.yaml, eval, compare."""
     from gftcli import show
     from gftcli.starter import write_starter
 
@@ -505,7 +545,8 @@ def init(
         f"  gft generate {folder / 'generate.yaml'} --dry-run\n"
         f"  gft generate {folder / 'generate.yaml'}\n"
         f"  gft train {folder / 'train.yaml'}\n"
-        f"  gft eval {folder / 'eval.yaml'}",
+        f"  gft eval {folder / 'eval.yaml'}\n"
+        f"  gft compare {folder / 'compare.yaml'}     # or several objectives at once",
         soft_wrap=True,
         highlight=False,
     )

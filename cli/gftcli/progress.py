@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.events import Event as GenerateEvent
     from gftdata.hub import Event as HubEvent
+    from gfttrain.compare import Listeners
+    from gfttrain.compare_config import Run
     from gfttrain.config import TrainConfig
     from gfttrain.evaluate import Event as EvalEvent
     from gfttrain.train import Event as TrainEvent
@@ -198,3 +200,36 @@ def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
                 plain.say(f"{event.benchmark}: {done.completed:,.0f} of {done.total or 0:,.0f} samples, {note}")
 
         yield listen
+
+
+@contextmanager
+def comparison(console: Console) -> Iterator["Listeners"]:
+    """What is going on now, on one line: the run, its step or the samples drawn."""
+    from gftcli.show_comparison import name_of
+    from gfttrain.compare import Listeners
+
+    now = {"run": ""}
+    drawn = {"samples": 0, "of": 0}
+    plain = _PlainLines(console)
+    with console.status("", spinner="line") as status:
+
+        def say(what: str) -> None:
+            status.update(f"{now['run']}: {what}")
+            plain.say(f"{now['run']}: {what}")
+
+        def on_begin(run: "Run", what: str) -> None:
+            now["run"] = name_of(run)
+            say(what)
+
+        def on_train(event: "TrainEvent") -> None:
+            note = step_note(event.metrics) if event.metrics else ""
+            say(f"step {event.step} of {event.num_steps}  {note}")
+
+        def on_eval(event: "EvalEvent") -> None:
+            if event.kind == "benchmark":
+                drawn.update(samples=event.done, of=event.count)
+            elif event.kind == "sample":
+                drawn["samples"] += 1
+            say(f"{event.benchmark}: {drawn['samples']:,} of {drawn['of']:,} samples")
+
+        yield Listeners(on_begin=on_begin, on_train=on_train, on_eval=on_eval)

@@ -2,8 +2,8 @@
 
     python samples/paper/benchmarks.py --out runs/paper/benchmarks       # needs the Hub
 
-Which copies of the benchmarks the paper used it does not say; these are the ones most papers use. SAT is not here: no
-copy of it is the usual one.
+Each question ends with the paper's instruction. Which copies of the benchmarks the paper used it does not say; these
+are the ones most papers use. SAT is not here: no copy of it is the usual one.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import load_dataset
 
+from gftdata.imports import INSTRUCTION
 from gftdata.shards import write_atomic
 
 Row = Mapping[str, Any]
@@ -60,12 +61,13 @@ def write(name: str, rows: Any, out: Path) -> Path:
     """OUT/<name>.jsonl. Raises KeyError, naming the benchmark, for rows without the columns that it is known by."""
     _, _, line = BENCHMARKS[name]
     try:
-        lines = [json.dumps(line(row), ensure_ascii=False) for row in rows]
+        made = [line(row) for row in rows]
     except KeyError as error:
         raise KeyError(f"{name}: its rows have no column {error}; has the data set changed?") from None
     path = out / f"{name}.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "\n".join(lines) + "\n")
+    asked = ({**each, "question": f"{each['question']} {INSTRUCTION}"} for each in made)
+    write_atomic(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in asked))
     return path
 
 

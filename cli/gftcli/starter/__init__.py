@@ -1,15 +1,15 @@
-"""Writes the starter configs of `gft init`: three commented YAML files with the defaults spelled out."""
+"""Writes the starter configs of `gft init`: four commented YAML files with the defaults spelled out."""
 
 from importlib.resources import files
 from pathlib import Path
 
 from gftdata.errors import UserError
 
-NAMES = ("generate.yaml", "train.yaml", "eval.yaml")
+NAMES = ("generate.yaml", "train.yaml", "eval.yaml", "compare.yaml")
 
 
 def write_starter(folder: Path, *, model: str, prompts: str) -> list[Path]:
-    """Write the three files; none is overwritten."""
+    """Write the four files; none is overwritten."""
     targets = [folder / name for name in NAMES]
     for target in targets:
         if target.exists():

@@ -1,4 +1,4 @@
-"""What `gft train` and `gft eval` read from elsewhere, and of which command a file is. The rest: gftdata/fetch.py."""
+"""What train, eval and compare read from elsewhere, and of which command a file is. The rest: gftdata/fetch.py."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,10 @@ from pydantic import BaseModel
 from gftdata.config import GenerateConfig, load_config
 from gftdata.fetch import Wanted, wanted_groups, wanted_model, wanted_prompts, wanted_to_generate
 from gftdata.locations import is_remote
+from gfttrain.compare_config import CompareConfig, load_compare, runs
 from gfttrain.config import EvalConfig, TrainConfig
+
+Settings = GenerateConfig | TrainConfig | EvalConfig | CompareConfig
 
 
 def wanted_by(paths: Sequence[Path]) -> list[Wanted]:
@@ -23,23 +26,30 @@ def wanted_by(paths: Sequence[Path]) -> list[Wanted]:
     return [each for each in wanted if not any(Path(each.name).is_relative_to(out) for out in made)]
 
 
-def _load(path: Path) -> GenerateConfig | TrainConfig | EvalConfig:
+def _load(path: Path) -> Settings:
     """Settings of the command that knows most of the keys; `load_config` says what is wrong with the others."""
-    kinds: tuple[type[BaseModel], ...] = (EvalConfig, GenerateConfig, TrainConfig)
+    kinds: tuple[type[BaseModel], ...] = (EvalConfig, GenerateConfig, TrainConfig, CompareConfig)
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         keys = {}
     known = [sum(key in kind.model_fields for key in keys) if isinstance(keys, dict) else 0 for kind in kinds]
     kind = kinds[known.index(max(known))]
-    config = load_config(kind, path)
-    assert isinstance(config, GenerateConfig | TrainConfig | EvalConfig)
+    config = load_compare(path) if kind is CompareConfig else load_config(kind, path)
+    assert isinstance(config, Settings)
     return config
 
 
-def _wanted(config: GenerateConfig | TrainConfig | EvalConfig) -> Iterator[Wanted]:
+def _wanted(config: Settings) -> Iterator[Wanted]:
     if isinstance(config, GenerateConfig):
         yield from wanted_to_generate(config)
+        return
+    if isinstance(config, CompareConfig):
+        base, *trained = runs(config)
+        yield from _wanted(base.evaluation)
+        for run in trained:
+            assert run.training is not None
+            yield from _wanted(run.training)
         return
     yield from wanted_model(config.model, config.engine if isinstance(config, EvalConfig) else None)
     if isinstance(config, TrainConfig):

@@ -16,7 +16,10 @@ DEMO = Path(__file__).resolve().parents[2] / "samples" / "demo"
 def test_demo_runs_and_prints_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SHOWN", ("GFT",))
+    whole = demo.comparison_config
+    monkeypatch.setattr(
+        demo, "comparison_config", lambda *places: whole(*places).model_copy(update={"methods": ("GFT",)})
+    )
     demo.run(Console(width=160), tmp_path)
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "gft" / "metrics.jsonl").read_text().splitlines()]

@@ -9,24 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from aid.commands import Gft, tree
+from aid.commands import Gft, refused, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "samples" / "demo"
-
-
-def refused(gft: Gft, *arguments: str | Path, saying: tuple[str, ...]) -> None:
-    """The command ends with one clear line and exit code 2, and has written nothing."""
-    before = tree(Path.cwd())
-    result = gft(*arguments)
-    assert result.code == 2, result
-    lines = result.err.strip().splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in result.err + result.out
-    for words in saying:
-        assert words in lines[0], lines[0]
-    assert tree(Path.cwd()) == before
 
 
 def write_config(path: Path, **changes: object) -> Path:

@@ -8,6 +8,7 @@ No torch here: a report is made where no model runs.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,16 @@ _RESULT = TypeAdapter(Result)
 
 
 def append_result(run: Path, result: Result) -> None:
-    """Add a line to RUN/evals.jsonl, in one write."""
+    """Add a line to RUN/evals.jsonl, in one write; the torn line that a kill left before it goes."""
     run.mkdir(parents=True, exist_ok=True)
     line = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False) + "\n"
-    with (run / EVALS).open("a", encoding="utf-8") as file:
-        file.write(line)
+    with (run / EVALS).open("a+b") as file:
+        file.seek(0)
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_results(run: Path) -> dict[str, Result]:

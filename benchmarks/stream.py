@@ -3,9 +3,7 @@
     python benchmarks/stream.py                     # 1 GB of shards, minutes
     python benchmarks/stream.py --gigabytes 10      # what the README says
 
-Makes shards as `gft generate` does (its schema, encodings, sizes): groups of 1 expert and 7 self responses of 100 to
-600 tokens, a prompt of 200, random ids, random float32 log-probs (which do not compress), half of the rewards 1. Then a
-quarter, half and all of the shards are read, each in a process of its own and each cold: their pages are dropped from
+Makes shards (synthetic.py): groups of 1 expert and 7 self responses of 100 to 600 tokens, a prompt of 200. Then a quarter, half and all of the shards are read, each in a process of its own and each cold: their pages are dropped from
 the page cache before (posix_fadvise DONTNEED). `of disk` is what then came from the device (GB, /proc/self/io), which
 has caches of its own.
 
@@ -22,116 +20,18 @@ Planning is that of synthetic groups in memory; what reading the index of real o
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from synthetic import NAMES, RESPONSES, Lengths, make_data, shard_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT, SHORTEST, LONGEST, RESPONSES = 200, 100, 600, 8
-VOCABULARY = 32_000
-NAMES = ("expert", "self")
+LENGTHS = Lengths(prompt=200, shortest=100, longest=600)
 WIDTHS = (6, 8, 8, 14, 8, 7, 11, 11, 9, 9, 7)  # of the table
-
-
-def make_groups(rng: np.random.Generator, count: int, text: str, first: int) -> list[Any]:
-    from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
-
-    def response(number: int) -> Response:
-        length = int(rng.integers(SHORTEST, LONGEST + 1))
-        begin, expert = int(rng.integers(len(text) // 2)), number == 0
-        completion = Completion(
-            source=NAMES[0] if expert else NAMES[1],
-            text=text[begin : begin + 4 * length],
-            response_ids=rng.integers(0, VOCABULARY, length, dtype=np.int32),
-            finish_reason="given" if expert else "stop",
-            model="data" if expert else "model@revision",
-            seed=None if expert else int(rng.integers(2**31)),
-            behavior_logprobs=None if expert else -rng.standard_exponential(length, dtype=np.float32),
-        )
-        reward = 1.0 if expert else float(rng.integers(2))
-        return Response(completion, Verdict(reward, "ok"), -rng.standard_exponential(length, dtype=np.float32))
-
-    def group(number: int) -> Group:
-        question = text[number % 1000 : number % 1000 + 4 * PROMPT]
-        prompt = Prompt(f"{number:064x}", None, (Message("user", question),), "1", "synthetic", (), "{}", question)
-        ids = rng.integers(0, VOCABULARY, PROMPT, dtype=np.int32)
-        return Group(prompt, ids, tuple(response(k) for k in range(RESPONSES)))
-
-    return [group(first + k) for k in range(count)]
-
-
-def make_data(out: Path, gigabytes: float) -> None:
-    """Shards of so many bytes in all, and a manifest."""
-    from gftdata.config import ShardsConfig
-    from gftdata.schema import SCHEMA_VERSION, groups_to_table
-    from gftdata.shards import (
-        FORMAT,
-        Manifest,
-        ModelRecord,
-        PromptCounts,
-        Summary,
-        TokenizerRecord,
-        all_records,
-        package_versions,
-        publish_shard,
-        shard_record,
-        toolkit_version,
-        write_manifest,
-    )
-    from gftdata.store import FolderStore
-
-    rng, settings = np.random.default_rng(0), ShardsConfig()
-    words = ["".join(map(chr, 97 + rng.integers(0, 26, size))) for size in rng.integers(2, 9, 5000)]
-    text = " ".join(words[k] for k in rng.integers(0, len(words), 400_000))
-
-    def publish(number: int, count: int) -> int:
-        per_shard = settings.groups_per_shard
-        table = groups_to_table(make_groups(rng, per_shard, text, number * per_shard), settings.logprob_dtype)
-        publish_shard(FolderStore(out), number, count, table, settings.row_group_size, settings.logprob_dtype)
-        record = shard_record(FolderStore(out), number, count)
-        assert record is not None
-        return record.bytes
-
-    size = publish(0, 1)
-    shutil.rmtree(out)
-    count = max(1, round(gigabytes * 1e9 / size))
-    for number in range(count):
-        publish(number, count)
-        print(f"\rmaking shards: {number + 1} of {count}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    records = all_records(FolderStore(out), count)
-    rows = sum(record.rows for record in records)
-    nothing = dict.fromkeys(PromptCounts.model_fields)
-    tokens = sum(record.response_tokens for record in records)
-    manifest = Manifest(
-        format=FORMAT,
-        schema_version=SCHEMA_VERSION,
-        toolkit_version=toolkit_version(),
-        recipe={},
-        models=(ModelRecord(role="reference", name="none", revision="none"),),
-        tokenizer=TokenizerRecord(hash="", template_hash="", end_id=0, stop_ids=(0,)),
-        engine="none",
-        packages=package_versions(),
-        prompts=PromptCounts(**{**nothing, "rows_read": rows, "prompts": rows}),
-        prompts_quarantined=0,
-        teacher_samples_left_out=None,
-        summary=Summary(
-            groups=rows,
-            responses=rows * RESPONSES,
-            response_tokens=tokens,
-            groups_without_signal=0,
-            groups_unjudged=0,
-            sources=(),
-        ),
-        shards=records,
-    )
-    write_manifest(FolderStore(out), manifest)
 
 
 def drop_pages(paths: list[Path]) -> None:
@@ -209,8 +109,8 @@ def plan(num_groups: int) -> dict[str, float]:
         row_group_of_group=number // 64,
         row_of_group=number % 64,
         offsets=np.arange(num_groups + 1, dtype=np.int64) * RESPONSES,
-        num_prompt_tokens=np.full(num_groups, PROMPT, np.int32),
-        num_tokens=rng.integers(SHORTEST, LONGEST + 1, responses).astype(np.int32),
+        num_prompt_tokens=np.full(num_groups, LENGTHS.prompt, np.int32),
+        num_tokens=rng.integers(LENGTHS.shortest, LENGTHS.longest + 1, responses).astype(np.int32),
         rewards=rewards,
         source_names=NAMES,
         source_codes=(np.arange(responses) % RESPONSES > 0).astype(np.int32),
@@ -252,7 +152,8 @@ def main() -> None:
         print(json.dumps(plan(options.plan)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        make_data(Path(folder) / "data", options.gigabytes)
+        size = shard_bytes(Path(folder) / "one", LENGTHS)
+        make_data(Path(folder) / "data", max(1, round(options.gigabytes * 1e9 / size)), LENGTHS)
         count = len(list((Path(folder) / "data" / "data").iterdir()))
         parts = sorted({max(1, count // 4), max(1, count // 2), count})
         rows = [in_own_process("--read", str(Path(folder) / "data"), str(part)) for part in parts]

@@ -13,19 +13,27 @@ import fcntl
 import os
 import re
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from gftdata.errors import UserError, first_line, quoted
 from gftdata.hub import failures, not_there
+from gftdata.schema import check_schema
 from gftdata.shards import (
+    BOMB,
     DATA,
+    INDEX_COLUMNS,
     MANIFEST,
+    MAX_ROW_GROUP_BYTES,
     Index,
     Manifest,
     ShardRecord,
@@ -116,9 +124,41 @@ def read_index(shards: Sequence[Shard]) -> Index:
         return make_index(paths, threads.map(_short_columns, shards))
 
 
-def _short_columns(shard: Shard) -> ShortColumns:
+def _short_columns(shard: Shard, columns: Sequence[str] = INDEX_COLUMNS) -> ShortColumns:
     with shard.peek() as opened:
-        return read_short_columns(opened, shard.where)
+        return read_short_columns(opened, shard.where, columns)
+
+
+def read_tables(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of every shard, in order, read a few shards ahead. Raises UserError."""
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        ahead: deque[Future[ShortColumns]] = deque()
+        for shard in shards:
+            ahead.append(threads.submit(_short_columns, shard, columns))
+            if len(ahead) > CONNECTIONS:
+                yield ahead.popleft().result().table
+        while ahead:
+            yield ahead.popleft().result().table
+
+
+@contextmanager
+def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
+    """A shard's file, to read some of its row groups; a remote one by ranges. Raises UserError, then and while reading."""
+    with shard.peek() as opened:
+        try:
+            with pq.ParquetFile(opened, pre_buffer=not isinstance(opened, Path)) as file:
+                check_schema(file.schema_arrow, shard.where)
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and not isinstance(opened, Path):
+                raise  # whoever opened it knows what that means
+            raise UserError(f"{shard.where}: cannot be read: {first_line(error)}; see `gft validate`") from None
+
+
+def too_large(file: pq.ParquetFile, row_group: int) -> str:
+    """Why a row group is not to be unpacked; empty where it may be."""
+    size = file.metadata.row_group(row_group).total_byte_size
+    return f"row group {row_group} unpacks to {size:,} bytes" if size > BOMB * MAX_ROW_GROUP_BYTES else ""
 
 
 def checked_shards(shards: Sequence[Shard]) -> Callable[[int], Path]:

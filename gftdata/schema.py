@@ -7,6 +7,7 @@ each speaks of response k.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def _list(kind: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", kind))
 
 
+@cache
 def schema(logprob_dtype: str = "float32") -> pa.Schema:
     """The schema; `logprob_dtype` is float32 or float16, of the two long log-prob columns."""
     logprob = {"float32": pa.float32(), "float16": pa.float16()}[logprob_dtype]

@@ -389,14 +389,14 @@ INDEX_COLUMNS = ["rewards", "sources", "num_tokens", "num_prompt_tokens"]
 
 @dataclass(frozen=True, slots=True)
 class ShortColumns:
-    """INDEX_COLUMNS of one shard."""
+    """INDEX_COLUMNS of one shard, or others that are asked for."""
 
     table: pa.Table
     rows: tuple[int, ...]  # of each row group
 
 
-def read_short_columns(source: Path | BinaryIO, where: str) -> ShortColumns:
-    """Read INDEX_COLUMNS of a file, or of an open one by its ranges; `where` is for errors.
+def read_short_columns(source: Path | BinaryIO, where: str, columns: Sequence[str] = INDEX_COLUMNS) -> ShortColumns:
+    """Read some columns of a file, or of an open one by its ranges; `where` is for errors.
 
     Raises UserError, and what reading an open one raises.
     """
@@ -406,7 +406,7 @@ def read_short_columns(source: Path | BinaryIO, where: str) -> ShortColumns:
         with pq.ParquetFile(source, pre_buffer=not isinstance(source, Path)) as file:
             check_schema(file.schema_arrow, where)
             rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-            return ShortColumns(file.read(columns=INDEX_COLUMNS).combine_chunks(), rows)
+            return ShortColumns(file.read(columns=list(columns)).combine_chunks(), rows)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and not isinstance(source, Path):
             raise  # whoever opened it knows what that means

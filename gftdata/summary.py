@@ -1,6 +1,7 @@
 """Shards -> their Summary, a few rows at a time: memory does not grow with the data set.
 
-Of the long columns only the texts are read, to find responses that repeat one another.
+Of the long columns only the texts are read, to find responses that repeat one another. What a summary tells before
+anybody trains on the data is here too, in words that every command uses.
 """
 
 from collections import Counter
@@ -16,13 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gftdata.shards import SourceSummary, Summary
+from gftdata.types import EXPERT
 
 _COLUMNS = ["responses", "sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_means"]
 _ROWS_AT_ONCE = 64
+WEAK_PASS_RATE = 0.4  # below it, training on stored groups was seen to diverge
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """What has been counted of one source so far."""
 
     lengths: Counter[int] = field(default_factory=Counter)  # tokens -> responses
@@ -37,7 +40,7 @@ class _Tally:
 
 def summarise(paths: Iterable[Path]) -> Summary:
     """Count groups, responses, verdicts, lengths and repetitions over the given shards."""
-    tallies: dict[str, _Tally] = {}  # in the order in which the sources come
+    tallies: dict[str, Tally] = {}  # in the order in which the sources come
     num_groups = without_signal = judged_groups = 0
     for batch in _batches(paths):
         sizes = pc.list_value_length(batch.column("sources")).to_numpy(zero_copy_only=False)
@@ -50,14 +53,14 @@ def summarise(paths: Iterable[Path]) -> Summary:
         sources = _flat(batch, "sources").dictionary_encode()
         for code, source in enumerate(sources.dictionary.to_pylist()):
             mine_R = sources.indices.to_numpy() == code
-            _add(tallies.setdefault(source, _Tally()), batch, mine_R, group_R, rewards_R)
+            _add(tallies.setdefault(source, Tally()), batch, mine_R, group_R, rewards_R)
     return Summary(
         groups=num_groups,
         responses=sum(tally.lengths.total() for tally in tallies.values()),
         response_tokens=sum(_num_tokens(tally) for tally in tallies.values()),
         groups_without_signal=without_signal,
         groups_unjudged=num_groups - judged_groups,
-        sources=tuple(_source(source, tally) for source, tally in tallies.items()),
+        sources=tuple(source_summary(source, tally) for source, tally in tallies.items()),
     )
 
 
@@ -83,7 +86,7 @@ def _signals(
 
 
 def _add(
-    tally: _Tally,
+    tally: Tally,
     batch: pa.RecordBatch,
     mine_R: npt.NDArray[np.bool_],
     group_R: npt.NDArray[np.int64],
@@ -115,11 +118,11 @@ def _counted(values: pa.Array) -> dict[Any, int]:
     return dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
 
 
-def _num_tokens(tally: _Tally) -> int:
+def _num_tokens(tally: Tally) -> int:
     return sum(length * count for length, count in tally.lengths.items())
 
 
-def _quantile(lengths: Counter[int], percent: int) -> int:
+def quantile(lengths: Counter[int], percent: int) -> int:
     """The shortest length that at least so many per cent of the responses do not exceed."""
     wanted, so_far = percent * lengths.total(), 0
     for length in sorted(lengths):
@@ -129,7 +132,8 @@ def _quantile(lengths: Counter[int], percent: int) -> int:
     return length
 
 
-def _source(source: str, tally: _Tally) -> SourceSummary:
+def source_summary(source: str, tally: Tally) -> SourceSummary:
+    """The numbers of one source, of which at least one response was counted."""
     responses, num_tokens = tally.lengths.total(), _num_tokens(tally)
     return SourceSummary(
         source=source,
@@ -139,11 +143,33 @@ def _source(source: str, tally: _Tally) -> SourceSummary:
         pass_rate=tally.passed / tally.judged if tally.judged else None,
         finish_reasons=dict(sorted(tally.finish_reasons.items())),
         mean_tokens=num_tokens / responses,
-        median_tokens=_quantile(tally.lengths, 50),
-        p95_tokens=_quantile(tally.lengths, 95),
+        median_tokens=quantile(tally.lengths, 50),
+        p95_tokens=quantile(tally.lengths, 95),
         max_tokens=max(tally.lengths),
         truncated=tally.finish_reasons["length"],
         identical=tally.identical,
         groups_all_identical=tally.groups_all_identical,
         mean_ref_logprob=tally.ref_sum / num_tokens if num_tokens else 0.0,
     )
+
+
+def weakness(self_pass_rate: float | None) -> str | None:
+    """What to say before training on self samples that pass so rarely; None where there is nothing to say."""
+    if self_pass_rate is None or self_pass_rate >= WEAK_PASS_RATE:
+        return None
+    return (
+        f"the model's own samples pass at a rate of {self_pass_rate:.2f}: below about {WEAK_PASS_RATE} training on "
+        "stored groups can diverge (few right answers with small weights against many wrong ones); watch pass@1 with "
+        "evaluation, try RFT (min_reward: 1, advantage: one), or easier prompts"
+    )
+
+
+def num_failing(source: SourceSummary) -> int:
+    """Judged responses without the full reward."""
+    return source.judged - round((source.pass_rate or 0.0) * source.judged)
+
+
+def mostly_identical(source: SourceSummary, num_groups: int) -> bool:
+    """Whether samples were drawn and in most groups all of them are the same text."""
+    sampled = source.source != EXPERT and source.finish_reasons.get("given", 0) < source.responses
+    return sampled and 2 * source.groups_all_identical > num_groups

@@ -18,6 +18,7 @@ from gftdata.errors import UserError
 from gftdata.locations import Shard, open_data, read_index
 from gftdata.models import model_revision
 from gftdata.shards import Index, Manifest, check_writable, write_atomic
+from gftdata.summary import weakness
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint
@@ -37,8 +38,6 @@ from gfttrain.plan import (
     select,
 )
 from gfttrain.runs import FINAL, RUN
-
-WEAK_PASS_RATE = 0.4  # below it, training on stored groups was seen to diverge
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +178,5 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_st
 
 
 def _weakness(config: TrainConfig, index: Index) -> list[str]:
-    rate = pass_rate(index, (SELF,))
-    if rate is None or rate >= WEAK_PASS_RATE or config.objective.advantage == "one":
-        return []
-    return [
-        f"the model's own samples pass at a rate of {rate:.2f}: below about {WEAK_PASS_RATE} training on stored groups "
-        "can diverge (few right answers with small weights against many wrong ones); watch pass@1 with evaluation, try "
-        "RFT (min_reward: 1, advantage: one), or easier prompts"
-    ]
+    told = None if config.objective.advantage == "one" else weakness(pass_rate(index, (SELF,)))
+    return [] if told is None else [told]

@@ -154,6 +154,77 @@ def validate(
 
 
 @app.command()
+def inspect(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A finished data set: folder, hf://datasets/... or s3://...")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 where a problem is found.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read texts and token ids of all groups, not of some; fetches remote shards.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Its tokenizer encodes prompts again; default: the reference model if it is here."
+        ),
+    ] = None,
+    show_: Annotated[
+        int | None, typer.Option("--show", metavar="N", min=1, help="Instead: the first N groups that fit, in full.")
+    ] = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="With --show: the beginning of a prompt_id, or a source_id.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="With --show: a response of this source. Repeatable.")
+    ] = None,
+    min_reward: Annotated[
+        float | None, typer.Option("--min-reward", help="With --show: a response with at least this reward.")
+    ] = None,
+    max_reward: Annotated[float | None, typer.Option("--max-reward", help="With --show: with at most this.")] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option("--min-tokens", help="With --show: of at least this length.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="With --show: of at most this length.")] = None,
+    signal: Annotated[
+        bool | None, typer.Option("--signal/--no-signal", help="With --show: rewards of the group differ, or not.")
+    ] = None,
+) -> None:
+    """See what is in a data set and audit it, or read groups in full (--show N, with filters).
+
+    A group is shown when a response fits all of --source, --*-reward and --*-tokens; those that do are marked.
+    """
+    import json
+    from dataclasses import asdict
+
+    from gftcli import show, show_data
+    from gftdata.browse import Filter, show_groups
+    from gftdata.inspection import as_json as json_of
+    from gftdata.inspection import inspect_data
+    from gftdata.locations import open_data
+
+    wanted = Filter(id_, tuple(source or ()), min_reward, max_reward, min_tokens, max_tokens, signal)
+    if show_ is not None:
+        if strict or deep or model is not None:
+            raise UserError("--show only shows groups: leave --strict, --deep and --model out")
+        shown = show_groups(open_data(data), wanted, show_)
+        if as_json:
+            print(json.dumps([asdict(group) for group in shown]))
+        else:
+            show_data.groups(show.open_console(), shown, is_filtered=wanted.asks_of_responses)
+        return
+    if wanted != Filter():
+        raise UserError("filters choose the groups to show: add --show N")
+    found = inspect_data(data, deep=deep, model=model)
+    if as_json:
+        print(json.dumps(json_of(found)))
+    else:
+        show_data.inspection(show.open_console(), found)
+    if strict and found.has_problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def push(
     data: Data,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The data set's name on the Hub.")],

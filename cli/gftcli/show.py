@@ -230,6 +230,8 @@ def pilot(console: Console, measured: "Pilot") -> None:
 
 def manifest(console: Console, out: str, found: "Manifest") -> None:
     """What is in a finished data set."""
+    from gftdata.summary import mostly_identical, num_failing
+
     sources(console, found.summary.sources)
     summary, counts = found.summary, found.prompts
     console.print()
@@ -255,7 +257,7 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
         },
     )
     for source in summary.sources:
-        failed = source.judged - round((source.pass_rate or 0.0) * source.judged)
+        failed = num_failing(source)
         if source.source == EXPERT and failed:
             console.print(
                 f"note: {failed:,} of {source.judged:,} judged expert responses do not get the full reward. Among "
@@ -263,8 +265,7 @@ def manifest(console: Console, out: str, found: "Manifest") -> None:
                 soft_wrap=True,
                 highlight=False,
             )
-        sampled = source.source != EXPERT and source.finish_reasons.get("given", 0) < source.responses
-        if sampled and 2 * source.groups_all_identical > summary.groups:
+        if mostly_identical(source, summary.groups):
             console.print(
                 f"note: in {source.groups_all_identical:,} of {summary.groups:,} groups all responses of "
                 f"{source.source} are the same text: a mistake in seeds or temperature is likely",

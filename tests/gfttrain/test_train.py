@@ -351,7 +351,7 @@ def test_a_model_far_from_the_stored_log_probs_does_not_start(data: Path, tmp_pa
 
 def test_a_weak_model_is_warned_about(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [n for n in prepare(train_settings(data, tmp_path / "run")).notices if "can diverge" in n]
-    monkeypatch.setattr("gfttrain.prepare.WEAK_PASS_RATE", 0.999)
+    monkeypatch.setattr("gftdata.summary.WEAK_PASS_RATE", 0.999)
     (notice,) = [n for n in prepare(train_settings(data, tmp_path / "run")).notices if "can diverge" in n]
     assert "pass at a rate of 0." in notice
 

@@ -1,0 +1,76 @@
+"""How long `gft inspect` takes for a million groups, and in how much memory.
+
+    python benchmarks/inspect_scale.py                      # a million groups; minutes, 2.6 GB of disk
+    python benchmarks/inspect_scale.py --groups 100000      # fewer
+
+Makes shards as synthetic.py does, of 256 groups of 8 responses each: prompts of 200 tokens, responses of 4 to 28. The
+responses are short because the long columns are not read, except in a few row groups. Then the command runs as a
+process, with what was written still in the page cache: once as it stands, once with --json, and once with --model, for
+which tokenizer and template of samples/demo are entered into the manifest (the prompts do not come from them, and the
+audit says so). Seconds are of the whole process, start-up included; memory is its peak resident size.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from synthetic import Lengths, make_data
+
+from gftdata.config import ShardsConfig
+from gftdata.shards import read_manifest, write_manifest
+from gftdata.store import FolderStore
+from gftdata.tokens import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "samples" / "demo" / "model"
+LENGTHS = Lengths(prompt=200, shortest=4, longest=28)
+
+
+def run(arguments: list[str]) -> tuple[float, float, bytes]:
+    """Seconds, peak megabytes and output of `gft ARGUMENTS`."""
+    with tempfile.TemporaryFile() as output:
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "gftcli.main", *arguments], cwd=ROOT, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"gft {' '.join(arguments)}: exit code {process.returncode}")
+        output.seek(0)
+        return seconds, usage.ru_maxrss / 1024, output.read()
+
+
+def name_tokenizer(data: Path) -> None:
+    """Enter another tokenizer into the manifest."""
+    tokenizer, manifest = load_tokenizer(str(MODEL)), read_manifest(data)
+    record = manifest.tokenizer.model_copy(update={"hash": tokenizer.hash, "template_hash": tokenizer.template_hash})
+    write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=1_000_000)
+    parser.add_argument("--folder", help="where the shards are made and removed again; default: the temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        data = Path(folder) / "data"
+        make_data(data, max(1, -(-options.groups // ShardsConfig().groups_per_shard)), LENGTHS)
+        name_tokenizer(data)
+        extra = {"": [], "--json": ["--json"], "--model samples/demo/model": ["--model", str(MODEL)]}
+        rows = [(f"gft inspect DATA {name}", *run(["inspect", str(data), *words])) for name, words in extra.items()]
+    found = json.loads(rows[1][3])
+    groups, responses = found["counts"]["summary"]["groups"], found["counts"]["summary"]["responses"]
+    print(f"python benchmarks/inspect_scale.py --groups {options.groups}\n")
+    print(f"{groups:,} groups, {responses:,} responses, {found['shards']:,} shards, {found['bytes'] / 1e9:.2f} GB\n")
+    print(f"{'command':<46}{'seconds':>10}{'peak MB':>10}")
+    for command, seconds, megabytes, _ in rows:
+        print(f"{command:<46}{seconds:>10.1f}{megabytes:>10,.0f}")
+
+
+if __name__ == "__main__":
+    main()

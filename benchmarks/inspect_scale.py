@@ -19,16 +19,24 @@ import tempfile
 import time
 from pathlib import Path
 
-from synthetic import Lengths, make_data
-
-from gftdata.config import ShardsConfig
-from gftdata.shards import read_manifest, write_manifest
-from gftdata.store import FolderStore
-from gftdata.tokens import load_tokenizer
-
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "samples" / "demo" / "model"
-LENGTHS = Lengths(prompt=200, shortest=4, longest=28)
+
+
+def make(data: Path, groups: int) -> None:
+    """Shards and a manifest that names the tokenizer of MODEL."""
+    from synthetic import Lengths, make_data
+
+    from gftdata.config import ShardsConfig
+    from gftdata.shards import read_manifest, write_manifest
+    from gftdata.store import FolderStore
+    from gftdata.tokens import load_tokenizer
+
+    num_shards = max(1, -(-groups // ShardsConfig().groups_per_shard))
+    make_data(data, num_shards, Lengths(prompt=200, shortest=4, longest=28))
+    tokenizer, manifest = load_tokenizer(str(MODEL)), read_manifest(data)
+    record = manifest.tokenizer.model_copy(update={"hash": tokenizer.hash, "template_hash": tokenizer.template_hash})
+    write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
 
 
 def run(arguments: list[str]) -> tuple[float, float, bytes]:
@@ -45,31 +53,34 @@ def run(arguments: list[str]) -> tuple[float, float, bytes]:
         return seconds, usage.ru_maxrss / 1024, output.read()
 
 
-def name_tokenizer(data: Path) -> None:
-    """Enter another tokenizer into the manifest."""
-    tokenizer, manifest = load_tokenizer(str(MODEL)), read_manifest(data)
-    record = manifest.tokenizer.model_copy(update={"hash": tokenizer.hash, "template_hash": tokenizer.template_hash})
-    write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=1_000_000)
     parser.add_argument("--folder", help="where the shards are made and removed again; default: the temporary folder")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make:
+        make(Path(options.make), options.groups)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        data = Path(folder) / "data"
-        make_data(data, max(1, -(-options.groups // ShardsConfig().groups_per_shard)), LENGTHS)
-        name_tokenizer(data)
-        extra = {"": [], "--json": ["--json"], "--model samples/demo/model": ["--model", str(MODEL)]}
-        rows = [(f"gft inspect DATA {name}", *run(["inspect", str(data), *words])) for name, words in extra.items()]
-    found = json.loads(rows[1][3])
+        data = str(Path(folder) / "data")
+        # in a process of its own: a child's peak is at least what its parent holds when it is started
+        subprocess.run([sys.executable, __file__, "--groups", str(options.groups), "--make", data], check=True)
+        runs = {
+            name: run(["inspect", data, *words])
+            for name, words in {
+                "": [],
+                "--json": ["--json"],
+                "--model samples/demo/model": ["--model", str(MODEL)],
+            }.items()
+        }
+    found = json.loads(runs["--json"][2])
     groups, responses = found["counts"]["summary"]["groups"], found["counts"]["summary"]["responses"]
     print(f"python benchmarks/inspect_scale.py --groups {options.groups}\n")
     print(f"{groups:,} groups, {responses:,} responses, {found['shards']:,} shards, {found['bytes'] / 1e9:.2f} GB\n")
     print(f"{'command':<46}{'seconds':>10}{'peak MB':>10}")
-    for command, seconds, megabytes, _ in rows:
-        print(f"{command:<46}{seconds:>10.1f}{megabytes:>10,.0f}")
+    for name, (seconds, megabytes, _) in runs.items():
+        print(f"{f'gft inspect DATA {name}':<46}{seconds:>10.1f}{megabytes:>10,.0f}")
 
 
 if __name__ == "__main__":

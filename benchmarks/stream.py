@@ -3,7 +3,8 @@
     python benchmarks/stream.py                     # 1 GB of shards, minutes
     python benchmarks/stream.py --gigabytes 10      # what the README says
 
-Makes shards (synthetic.py): groups of 1 expert and 7 self responses of 100 to 600 tokens, a prompt of 200. Then a quarter, half and all of the shards are read, each in a process of its own and each cold: their pages are dropped from
+Makes shards (synthetic.py): groups of 1 expert and 7 self responses of 100 to 600 tokens, a prompt of 200. Then a
+quarter, half and all of the shards are read, each in a process of its own and each cold: their pages are dropped from
 the page cache before (posix_fadvise DONTNEED). `of disk` is what then came from the device (GB, /proc/self/io), which
 has caches of its own.
 

@@ -143,7 +143,7 @@ def read_tables(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.
 
 @contextmanager
 def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
-    """A shard's file, to read some of its row groups; a remote one by ranges. Raises UserError, then and while reading."""
+    """A shard's file, to read some of its row groups; a remote one by ranges. Raises UserError."""
     with shard.peek() as opened:
         try:
             with pq.ParquetFile(opened, pre_buffer=not isinstance(opened, Path)) as file:

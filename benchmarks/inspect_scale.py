@@ -7,7 +7,8 @@ Makes shards as synthetic.py does, of 256 groups of 8 responses each: prompts of
 responses are short because the long columns are not read, except in a few row groups. Then the command runs as a
 process, with what was written still in the page cache: once as it stands, once with --json, and once with --model, for
 which tokenizer and template of samples/demo are entered into the manifest (the prompts do not come from them, and the
-audit says so). Seconds are of the whole process, start-up included; memory is its peak resident size.
+audit says so). Seconds are of the whole process, start-up included; CPU seconds tell how much of them was waiting for other work on
+the same machine (there are two busy threads most of the time); memory is the peak resident size.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,8 +41,18 @@ def make(data: Path, groups: int) -> None:
     write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
 
 
-def run(arguments: list[str]) -> tuple[float, float, bytes]:
-    """Seconds, peak megabytes and output of `gft ARGUMENTS`."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A command that was run."""
+
+    seconds: float
+    cpu_seconds: float  # user and system, of all threads
+    peak_megabytes: float
+    output: bytes
+
+
+def run(arguments: list[str]) -> Run:
+    """Run `gft ARGUMENTS`."""
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "gftcli.main", *arguments], cwd=ROOT, stdout=output)
@@ -50,7 +62,7 @@ def run(arguments: list[str]) -> tuple[float, float, bytes]:
         if process.returncode:
             sys.exit(f"gft {' '.join(arguments)}: exit code {process.returncode}")
         output.seek(0)
-        return seconds, usage.ru_maxrss / 1024, output.read()
+        return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output.read())
 
 
 def main() -> None:
@@ -74,13 +86,14 @@ def main() -> None:
                 "--model samples/demo/model": ["--model", str(MODEL)],
             }.items()
         }
-    found = json.loads(runs["--json"][2])
+    found = json.loads(runs["--json"].output)
     groups, responses = found["counts"]["summary"]["groups"], found["counts"]["summary"]["responses"]
     print(f"python benchmarks/inspect_scale.py --groups {options.groups}\n")
     print(f"{groups:,} groups, {responses:,} responses, {found['shards']:,} shards, {found['bytes'] / 1e9:.2f} GB\n")
-    print(f"{'command':<46}{'seconds':>10}{'peak MB':>10}")
-    for name, (seconds, megabytes, _) in runs.items():
-        print(f"{f'gft inspect DATA {name}':<46}{seconds:>10.1f}{megabytes:>10,.0f}")
+    print(f"{'command':<46}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}")
+    for name, done in runs.items():
+        command = f"gft inspect DATA {name}"
+        print(f"{command:<46}{done.seconds:>10.1f}{done.cpu_seconds:>10.1f}{done.peak_megabytes:>10,.0f}")
 
 
 if __name__ == "__main__":

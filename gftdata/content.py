@@ -3,7 +3,7 @@
 The long columns are read one row group at a time: all of them, or of a large data set some that are spread over it, and
 the caller says how many. Log-probs are not read: they are `gft validate`'s. What is made of it is audit.py's.
 
-Shapes: R responses, T their tokens, one after another.
+Shapes: G groups, R responses, T their tokens and P those of prompts, one after another.
 """
 
 from collections import Counter
@@ -83,7 +83,7 @@ def look(data: DataSet, *, deep: bool = False, model: str | None = None) -> Cont
     for number, shard in enumerate(data.shards):
         if deep and is_remote(shard.where):
             shard.fetch()
-        for table in _row_groups(shard, _wanted(data, number, deep), tally.left_out):
+        for table in filter(len, _row_groups(shard, _wanted(data, number, deep), tally.left_out)):
             _look_at(table, shard.where, data.manifest.tokenizer, tally)
             if tokenizer is not None:
                 _encode_again(table, tokenizer, tally)
@@ -105,9 +105,14 @@ def look(data: DataSet, *, deep: bool = False, model: str | None = None) -> Cont
     )
 
 
+def is_small(data: DataSet) -> bool:
+    """Whether all texts and token ids are looked at in any case."""
+    return sum(record.rows for record in data.manifest.shards) <= SAMPLE_GROUPS
+
+
 def _wanted(data: DataSet, shard: int, deep: bool) -> int | None:
     """How many row groups of a shard are looked at; None: all."""
-    if deep or sum(record.rows for record in data.manifest.shards) <= SAMPLE_GROUPS:
+    if deep or is_small(data):
         return None
     num_shards = len(data.shards)
     chosen = np.unique(np.linspace(0, num_shards - 1, min(num_shards, SAMPLE_ROW_GROUPS)).round())
@@ -166,9 +171,10 @@ def _look_at(table: pa.Table, where: str, tokenizer: TokenizerRecord, tally: _Ta
     tally.responses.update(source_R.tolist())
     if tokenizer.template_hash != NO_TEMPLATE_HASH:
         prompts = table["prompt_ids"].combine_chunks()
-        ends_P = np.cumsum(pc.list_value_length(prompts).fill_null(0).to_numpy())
-        for prompt_id, prompt_ids in zip(ids, np.split(prompts.flatten().to_numpy(False), ends_P[:-1]), strict=True):
-            tail = _tail(prompt_ids, tokenizer.stop_ids)
+        prompt_ids_P = prompts.flatten().to_numpy(zero_copy_only=False)
+        ends_G = np.cumsum(pc.list_value_length(prompts).fill_null(0).to_numpy())
+        for prompt_id, first, end in zip(ids.tolist(), [0, *ends_G[:-1]], ends_G, strict=True):
+            tail = _tail(prompt_ids_P[first:end], tokenizer.stop_ids)
             if tail not in tally.tails and len(tally.tails) >= MOST_TAILS:
                 tail = ()
             tally.tails[tail] = tally.tails.get(tail, Sighting()).and_then(Sighting(1, (prompt_id,)))

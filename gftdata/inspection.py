@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gftdata.audit import Finding, audit
-from gftdata.content import Content, look
+from gftdata.content import Content, is_small, look
 from gftdata.counts import BINS, Counts, count
-from gftdata.locations import open_data
+from gftdata.locations import is_remote, open_data
 from gftdata.shards import Manifest
 
 
@@ -32,9 +32,11 @@ class Inspection:
 def inspect_data(location: str, *, deep: bool = False, model: str | None = None) -> Inspection:
     """Count and audit a finished data set, wherever it is. Raises UserError.
 
-    `deep` reads texts and token ids of all groups, not of some; `model` has the tokenizer of the data set.
+    `deep` reads texts and token ids of all groups, not of some, as is done anyway of small data that is here; `model`
+    has the tokenizer of the data set.
     """
     data = open_data(location)
+    deep = deep or (is_small(data) and not is_remote(location))
     content = look(data, deep=deep, model=model)  # first: a wrong model is said before the work
     counts = count(data, deep=deep)
     return Inspection(location, data.manifest, counts, content, audit(data.manifest, counts, content))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gftdata.tasks import owned
 from gftdata.types import EXPERT
@@ -55,6 +56,11 @@ def facts(console: Console, rows: dict[str, Any]) -> None:
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def plain(text: object) -> str:
+    """Text in one line that cannot steer a terminal: what is not printable is written as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
@@ -298,7 +304,7 @@ def sources(console: Console, found: "tuple[SourceSummary, ...]") -> None:
     )
     for source in found:
         rows.add_row(
-            source.source,
+            Text(plain(source.source)),
             f"{source.responses:,}",
             decimal(source.pass_rate),
             decimal(source.mean_reward),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from gftcli.show import decimal, facts, sources, table
+from gftcli.show import decimal, facts, plain, sources, table
 from gftdata.types import SELF
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ def groups(console: Console, shown: "Sequence[ShownGroup]", *, is_filtered: bool
             _text(console, response.text)
     if not shown:
         _line(console, "no group is like that")
-
-
-def plain(text: object) -> str:
-    """Text in one line that cannot steer a terminal: what is not printable is written as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _facts(found: "Inspection") -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""The whole of an inspection: as JSON, of remote data by ranges, of what is not there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+from aid.bucket import BUCKET
+
+from gftdata.browse import Filter, show_groups
+from gftdata.errors import UserError
+from gftdata.inspection import as_json, inspect_data
+from gftdata.locations import open_data
+
+S3_DATA = f"s3://{BUCKET}/made/data"
+
+
+def test_it_is_json_with_everything(data: Path) -> None:
+    found = inspect_data(str(data))
+    read = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert read["counts"]["summary"] == json.loads((data / "manifest.json").read_text())["summary"]
+    assert read["shards"] == 3 and read["bytes"] == sum(path.stat().st_size for path in (data / "data").iterdir())
+    assert len(read["pass_rate_bins"]) == len(read["counts"]["pass_rates"]) == 6
+    assert sum(read["counts"]["pass_rates"]) == 24
+    assert [f["kind"] for f in read["findings"]] == [f.kind for f in found.findings] and read["problems"] == 0
+    assert read["content"]["groups"] == 24
+
+
+def test_remote_data_is_inspected_by_ranges_and_deep_from_fetched_shards(
+    s3: s3fs.S3FileSystem, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (path for path in data.rglob("*") if path.is_file() and ".work" not in path.parts):
+        s3.put_file(str(path), f"{BUCKET}/made/data/{path.relative_to(data)}")
+    fetched: list[str] = []
+    original = s3fs.S3FileSystem._get_file
+
+    async def counted(self: Any, source: str, *arguments: Any, **options: Any) -> Any:
+        fetched.append(source)
+        return await original(self, source, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_get_file", counted)
+    local, remote = inspect_data(str(data)), inspect_data(S3_DATA)
+    assert (remote.counts.repeated_prompts, remote.counts.texts_compared) == (None, False)
+    whole = replace(remote.counts, repeated_prompts=local.counts.repeated_prompts, texts_compared=True)
+    assert whole == local.counts
+    assert remote.content == local.content and remote.findings == local.findings
+    wanted = Filter(sources=("self",), min_reward=1.0)
+    assert show_groups(open_data(S3_DATA), wanted, 30) == show_groups(open_data(str(data)), wanted, 30)
+    assert fetched == []
+    assert inspect_data(S3_DATA, deep=True).counts == inspect_data(str(data), deep=True).counts
+    assert len(fetched) == 3
+
+
+def test_what_is_not_a_finished_data_set_is_refused(tmp_path: Path, one_line: Any) -> None:
+    (tmp_path / ".work").mkdir()
+    with pytest.raises(UserError, match="an unfinished data set") as refused:
+        inspect_data(str(tmp_path))
+    one_line(refused.value)

@@ -7,8 +7,8 @@ Makes shards as synthetic.py does, of 256 groups of 8 responses each: prompts of
 responses are short because the long columns are not read, except in a few row groups. Then the command runs as a
 process, with what was written still in the page cache: once as it stands, once with --json, and once with --model, for
 which tokenizer and template of samples/demo are entered into the manifest (the prompts do not come from them, and the
-audit says so). Seconds are of the whole process, start-up included; CPU seconds tell how much of them was waiting for other work on
-the same machine (there are two busy threads most of the time); memory is the peak resident size.
+audit says so). Seconds are of the whole process, start-up included, and depend on what else the machine does; CPU
+seconds, of all threads, hardly do. Memory is the peak resident size.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> None:
     print(f"{groups:,} groups, {responses:,} responses, {found['shards']:,} shards, {found['bytes'] / 1e9:.2f} GB\n")
     print(f"{'command':<46}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}")
     for name, done in runs.items():
-        command = f"gft inspect DATA {name}"
+        command = f"gft inspect DATA {name}".rstrip()
         print(f"{command:<46}{done.seconds:>10.1f}{done.cpu_seconds:>10.1f}{done.peak_megabytes:>10,.0f}")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gftdata.inspection import Inspection
 
 BAR = 40  # characters of the longest bar
+ID = 16  # characters of a prompt_id that tell it from others, and that --id takes
 
 
 def inspection(console: Console, found: "Inspection") -> None:
@@ -118,7 +119,7 @@ def _findings(console: Console, findings: "Sequence[Finding]") -> None:
         line = f"{finding.severity}: {finding.kind}: {finding.count:,} of {finding.of:,} {what}"
         _line(console, line, style="bold red" if finding.severity == "problem" else "bold")
         if finding.examples:
-            _line(console, f"  e.g. {', '.join(map(plain, finding.examples))}")
+            _line(console, f"  e.g. {', '.join(prompt_id[:ID] for prompt_id in finding.examples)}")
         _line(console, f"  {plain(finding.advice)}")
 
 

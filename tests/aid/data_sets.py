@@ -43,13 +43,18 @@ class Made:
 
 def group(number: int, responses: Sequence[Made], question: str | None = None, **changes: Any) -> Group:
     asked = f"question {number}" if question is None else question
-    settings = {"prompt_id": f"{number:064x}", "source_id": f"row-{number}", "messages": (Message("user", asked),)}
     prompt_ids = changes.pop("prompt_ids", (20 + number % 50, *GENERATION_PROMPT))
-    prompt = Prompt(
-        **settings
-        | {"ground_truth": "1", "data_source": "made up", "given": (), "extra": "{}", "question": asked}
-        | changes
-    )
+    settings = {
+        "prompt_id": f"{number:064x}",
+        "source_id": f"row-{number}",
+        "messages": (Message("user", asked),),
+        "ground_truth": "1",
+        "data_source": "made up",
+        "given": (),
+        "extra": "{}",
+        "question": asked,
+    }
+    prompt = Prompt(**settings | changes)
     return Group(prompt, np.asarray(prompt_ids, np.int32), tuple(map(_response, responses)))
 
 

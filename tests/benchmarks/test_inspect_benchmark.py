@@ -15,7 +15,7 @@ def test_the_inspect_benchmark_prints_its_table_and_removes_its_shards(tmp_path:
     assert lines[0] == "python benchmarks/inspect_scale.py --groups 600"
     assert lines[1].startswith("768 groups, 6,144 responses, 3 shards, ")
     assert [line.split("  ")[0] for line in lines[3:]] == [
-        "gft inspect DATA ",
+        "gft inspect DATA",
         "gft inspect DATA --json",
         "gft inspect DATA --model samples/demo/model",
     ]

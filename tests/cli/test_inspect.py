@@ -1,4 +1,4 @@
-"""`gft inspect` as its user meets it: tables, JSON, exit codes, groups in full, and texts that try to steer the terminal."""
+"""`gft inspect` as its user meets it: tables, JSON, exit codes, groups in full, and hostile texts."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_findings_and_the_exit_code(gft: Gft, spoiled: Path) -> None:
     done = gft("inspect", spoiled)
     assert done.code == 0 and harmless(done.out), done.out
     assert "problem: truncated: 1 of 1 responses of teacher:\\x1b[31m were cut at the length limit" in done.out
-    assert f"e.g. {2:064x}" in done.out
+    assert f"  e.g. {2:064x}"[:23] + "\n" in done.out
     strict = gft("inspect", spoiled, "--strict")
     assert strict.code == 1 and strict.out == done.out
     as_json = gft("inspect", spoiled, "--strict", "--json")

@@ -54,10 +54,11 @@ def _changed(data: dict[str, object], changes: dict[str, object]) -> dict[str, o
     return data
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", [[], ["inspect"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys\n"
-        "sys.argv = ['gft', '--help']\n"
+        f"sys.argv = ['gft', *{command}, '--help']\n"
         "from gftcli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'sglang', 'pyarrow', 'polars'} & set(sys.modules)\n"
@@ -65,7 +66,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
+    assert ("--strict" if command else "generate") in done.stdout
 
 
 def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def clean(count: int = 12) -> list[Group]:
 
 
 def planted(folder: Path, groups: Sequence[Group], **changes: Any) -> dict[str, Finding]:
-    """What is found in these groups, by kind and source; with several findings of one kind and source the test fails."""
+    """What is found in these groups, by kind and source, of which no two findings are the same."""
     found = inspect_data(str(save(folder, [groups[:5], groups[5:]], **changes))).findings
     by_name = {f"{finding.kind}:{finding.source}" if finding.source else finding.kind: finding for finding in found}
     assert len(by_name) == len(found)

@@ -15,12 +15,9 @@ from gftdata.errors import UserError, first_line
 from gftdata.locations import DataSet, Shard, open_shard, read_tables, too_large
 from gftdata.types import Message
 
-RESPONSE_COLUMNS = ["sources", "rewards", "num_tokens"]
-COLUMNS = [
-    *("prompt_id", "source_id", "prompt", "ground_truth", "data_source", "num_prompt_tokens"),
-    *("responses", "sources", "rewards", "reward_status", "finish_reasons", "num_tokens", "models"),
-    "ref_logprob_means",
-]
+RESPONSE_COLUMNS = ["sources", "rewards", "num_tokens"]  # to choose by
+PER_RESPONSE = [*RESPONSE_COLUMNS, "responses", "reward_status", "finish_reasons", "models", "ref_logprob_means"]
+COLUMNS = ["prompt_id", "source_id", "prompt", "ground_truth", "data_source", "num_prompt_tokens", *PER_RESPONSE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +148,17 @@ def _read(shard: Shard, chosen: dict[int, list[int]]) -> Iterator[ShownGroup]:
 
 def _shown(table: pa.Table, shard: Shard, matching: Sequence[int]) -> ShownGroup:
     (row,) = table.to_pylist()
+    if len({len(row[name] or ()) for name in PER_RESPONSE}) != 1 or not row["prompt"]:
+        raise UserError(
+            f"{shard.where}: prompt {row['prompt_id']}: its columns do not run parallel; see `gft validate`"
+        )
     return ShownGroup(
         prompt_id=row["prompt_id"],
         source_id=row["source_id"],
         data_source=row["data_source"],
-        messages=tuple(Message(message["role"], message["content"]) for message in row["prompt"]),
+        messages=tuple(Message(message["role"], message["content"]) for message in row["prompt"] if message),
         ground_truth=row["ground_truth"],
-        num_prompt_tokens=row["num_prompt_tokens"],
+        num_prompt_tokens=row["num_prompt_tokens"] or 0,
         shard=shard.record.name,
         responses=tuple(
             ShownResponse(
@@ -167,10 +168,10 @@ def _shown(table: pa.Table, shard: Shard, matching: Sequence[int]) -> ShownGroup
                 reward=row["rewards"][k],
                 reward_status=row["reward_status"][k],
                 finish_reason=row["finish_reasons"][k],
-                num_tokens=row["num_tokens"][k],
+                num_tokens=row["num_tokens"][k] or 0,
                 mean_ref_logprob=row["ref_logprob_means"][k],
                 is_match=k in matching,
             )
-            for k in range(len(row["responses"]))
+            for k in range(len(row["responses"] or ()))
         ),
     )

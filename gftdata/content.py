@@ -134,7 +134,7 @@ def _row_groups(shard: Shard, wanted: int | None, left_out: list[str]) -> Iterat
 
 
 def _look_at(table: pa.Table, where: str, tokenizer: TokenizerRecord, tally: _Tally) -> None:
-    ids = np.asarray(table["prompt_id"].to_pylist(), dtype=object)
+    ids = np.asarray(table["prompt_id"].fill_null("").to_pylist(), dtype=object)
     sources = table["sources"].combine_chunks()
     group_R = np.repeat(np.arange(len(table)), pc.list_value_length(sources).fill_null(0).to_numpy())
     source_R = np.asarray(sources.flatten().fill_null("").to_pylist(), dtype=object)
@@ -205,7 +205,7 @@ def _encode_again(table: pa.Table, tokenizer: Tokenizer, tally: _Tally) -> None:
         except UserError:  # the template refuses these messages: they did not become ids by it
             same = False
         if not same:
-            tally.otherwise = tally.otherwise.and_then(Sighting(1, (row["prompt_id"],)))
+            tally.otherwise = tally.otherwise.and_then(Sighting(1, (row["prompt_id"] or "",)))
 
 
 def _find_tokenizer(manifest: Manifest, model: str | None) -> tuple[Tokenizer | None, str]:

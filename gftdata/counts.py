@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import ValidationError
 
 from gftdata.errors import UserError, first_line
 from gftdata.locations import DataSet, Shard, is_remote, open_shard, read_tables
@@ -103,12 +102,12 @@ def count(data: DataSet, *, deep: bool = False) -> Counts:
         raise UserError(
             f"{data.location}: its columns do not run parallel: {first_line(error)}; `gft validate` names the rows"
         ) from None
-    texts = summarise(shard.fetch() for shard in data.shards) if deep else data.manifest.summary
     try:
+        texts = summarise(shard.fetch() for shard in data.shards) if deep else data.manifest.summary
         return _put_together(data, parts, texts, deep)
-    except ValidationError as error:
+    except (ValueError, TypeError) as error:  # nulls and numbers that no shard of ours has; Arrow's errors are of these
         raise UserError(
-            f"{data.location}: short columns hold what cannot be: {first_line(error)}; `gft validate` names the rows"
+            f"{data.location}: its columns hold what cannot be: {first_line(error)}; `gft validate` names the rows"
         ) from None
 
 
@@ -183,11 +182,17 @@ def _count_part(groups: pl.DataFrame, rows_of_shard: list[int]) -> _Part:
         "failing": reward != 1,
     }
     assert tuple(seen) == SEEN
+    # what is null here is damaged, and `gft validate` says so
+    groups = groups.with_columns(pl.col("prompt_id").fill_null(""), pl.col("num_prompt_tokens").fill_null(0))
     rows = (
         groups.lazy()
         .select(pl.row_index("group"), "prompt_id", *RESPONSE_COLUMNS)
         .explode(RESPONSE_COLUMNS, empty_as_null=True)
-        .with_columns(reward.cast(pl.Float64).fill_nan(None), tokens.cast(pl.Int64))
+        .with_columns(
+            reward.cast(pl.Float64).fill_nan(None),
+            tokens.cast(pl.Int64).fill_null(0),
+            pl.col("finish_reasons", "reward_status").fill_null(""),
+        )
     )
     responses = rows.filter(pl.col("sources").is_not_null())  # of a group without responses there is a row of nulls
     rates = {"judged": judged, "passed": passed, "varied": varied}

@@ -5,14 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from aid.bucket import BUCKET
+from aid.data_sets import Made, group, save
 
 from gftdata.browse import Filter, show_groups
 from gftdata.errors import UserError
 from gftdata.inspection import as_json, inspect_data
 from gftdata.locations import open_data
+from gftdata.shards import read_manifest, sha256_file, write_manifest
+from gftdata.store import FolderStore
 
 S3_DATA = f"s3://{BUCKET}/made/data"
 
@@ -51,6 +56,42 @@ def test_remote_data_is_inspected_by_ranges_and_deep_from_fetched_shards(
     assert fetched == []
     assert inspect_data(S3_DATA, deep=True).counts == inspect_data(str(data), deep=True).counts
     assert len(fetched) == 3
+
+
+@pytest.mark.parametrize("kind", ["null", "null elements", "short", "NaN"])
+def test_damaged_columns_end_in_one_line_or_in_numbers(tmp_path: Path, kind: str, one_line: Any) -> None:
+    """Checksums are right: somebody else's program made it so."""
+    folder = save(tmp_path, [[group(number, [Made(), Made(text="b", reward=0.0)]) for number in range(4)]])
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    table, manifest, refused = pq.read_table(path), read_manifest(folder), 0
+    for place, field in enumerate(table.schema):
+        rows = [damaged(value, kind) for value in table[field.name].to_pylist()]
+        pq.write_table(table.set_column(place, field, pa.array(rows, type=field.type)), path)
+        record = manifest.shards[0].model_copy(update={"sha256": sha256_file(path)})
+        write_manifest(FolderStore(folder), manifest.model_copy(update={"shards": (record,)}))
+        for look in (
+            lambda: json.dumps(as_json(inspect_data(str(folder)))),
+            lambda: show_groups(open_data(str(folder)), Filter(sources=("self",), min_reward=0.5, signal=True), 9),
+            lambda: show_groups(open_data(str(folder)), Filter(), 9),
+        ):
+            try:
+                look()
+            except UserError as error:
+                refused += 1
+                assert "gft validate" in one_line(error)
+    assert refused > 0
+
+
+def damaged(value: Any, kind: str) -> Any:
+    if kind == "null":
+        return None
+    if not isinstance(value, list):
+        return float("nan") if kind == "NaN" and isinstance(value, float) else value
+    if kind == "short":
+        return value[:-1]
+    if kind == "NaN":
+        return [float("nan") if isinstance(x, float) else damaged(x, kind) for x in value]
+    return [None for _ in value]
 
 
 def test_what_is_not_a_finished_data_set_is_refused(tmp_path: Path, one_line: Any) -> None:

@@ -20,7 +20,7 @@ from gftdata.errors import UserError, first_line
 from gftdata.locations import DataSet, Shard, is_remote, open_shard, read_tables
 from gftdata.shards import Summary
 from gftdata.summary import Tally, quantile, source_summary, summarise
-from gftdata.types import SELF
+from gftdata.types import EXPERT, SELF
 
 GROUPS_AT_ONCE = 16_384
 SHARDS_AT_ONCE = 256  # a manifest may lie about rows
@@ -78,7 +78,7 @@ class Counts:
     truncated: Mapping[str, Sighting]  # source -> responses cut by the limit
     ends_at_once: Mapping[str, Sighting]  # source -> responses of one token that are not cut: nothing but an end
     unjudged: Mapping[str, Sighting]  # source -> responses with a null reward
-    failing: Mapping[str, Sighting]  # source -> judged responses without reward 1
+    failing: Mapping[str, Sighting]  # of expert only: judged responses without reward 1
     without_signal: Sighting  # groups
     groups_unjudged: Sighting
     repeated_prompts: Sighting | None  # groups whose messages and ground truth came before; None: not looked for
@@ -94,10 +94,10 @@ def count(data: DataSet, *, deep: bool = False) -> Counts:
 
     Without it, how many responses are identical is what the manifest says, and prompts of remote data are not compared.
     """
-    compares_prompts = deep or not is_remote(data.location)
-    columns = COLUMNS + (PROMPT_COLUMNS if compares_prompts else [])
+    is_here = not is_remote(data.location)
     try:
-        parts = [_count_part(*part) for part in _parts(data.shards, columns)]
+        read = _parts(data.shards, compares_prompts=deep or is_here, is_here=is_here)
+        parts = [_count_part(*part) for part in read]
     except pl.exceptions.PolarsError as error:
         raise UserError(
             f"{data.location}: its columns do not run parallel: {first_line(error)}; `gft validate` names the rows"
@@ -125,50 +125,51 @@ class _Part:
     prompt_lengths: pl.DataFrame  # num_prompt_tokens, len
     without_signal: Sighting
     unjudged: Sighting
-    prompt_hashes: pl.DataFrame | None  # hash; of every group
+    prompt_hashes: pl.DataFrame | None  # prompt_hash; of every group
 
 
-def _parts(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[tuple[pl.DataFrame, list[int]]]:
-    """Groups, a row each, and how many come from which shard."""
-    if not any(is_remote(shard.where) for shard in shards):
-        for some in _cut(shards, [shard.record.rows for shard in shards]):
-            yield _scan(some, columns)
-        return
-    held: list[pa.Table] = []
-    for number, table in enumerate(read_tables(shards, columns), start=1):
-        held.append(table)
-        sizes = [table.num_rows for table in held]
-        if sum(sizes) >= GROUPS_AT_ONCE or len(held) == SHARDS_AT_ONCE or number == len(shards):
-            yield _frame(held), sizes
-            held = []
+def _parts(
+    shards: Sequence[Shard], *, compares_prompts: bool, is_here: bool
+) -> Iterator[tuple[pl.DataFrame, list[int]]]:
+    """Groups, a row each: COLUMNS and, if asked for, a hash of the prompt; and how many each shard has."""
+    prompt = pl.struct(PROMPT_COLUMNS).hash().alias("prompt_hash")
+    wanted = [*COLUMNS, prompt] if compares_prompts else COLUMNS
+    for some in _cut(shards):
+        scanned, sizes = _scan(some) if is_here else _read(some, COLUMNS + PROMPT_COLUMNS * compares_prompts)
+        for first in range(0, max(1, sum(sizes)), GROUPS_AT_ONCE):
+            try:
+                frame = scanned.slice(first, GROUPS_AT_ONCE).select(wanted).collect()
+            except pl.exceptions.PolarsError:
+                _read(some, COLUMNS + PROMPT_COLUMNS * compares_prompts)  # of files; this names the one
+                raise
+            yield frame, [] if first else sizes
 
 
-def _scan(shards: Sequence[Shard], columns: Sequence[str]) -> tuple[pl.DataFrame, list[int]]:
-    """The same of local files, which polars reads in half the time. Its errors name no file; pyarrow's do."""
+def _scan(shards: Sequence[Shard]) -> tuple[pl.LazyFrame, list[int]]:
+    """Local files, which polars reads in half of pyarrow's time."""
     sizes = []
     for shard in shards:
         with open_shard(shard) as file:
             sizes.append(file.metadata.num_rows)
-    try:
-        return pl.scan_parquet([shard.path for shard in shards], glob=False).select(columns).collect(), sizes
-    except pl.exceptions.PolarsError:
-        return _frame(list(read_tables(shards, columns))), sizes
+    return pl.scan_parquet([shard.path for shard in shards], glob=False), sizes
 
 
-def _frame(tables: Sequence[pa.Table]) -> pl.DataFrame:
+def _read(shards: Sequence[Shard], columns: Sequence[str]) -> tuple[pl.LazyFrame, list[int]]:
+    """Files anywhere, by ranges."""
+    tables = list(read_tables(shards, columns))
     frame = pl.from_arrow(pa.concat_tables(tables))
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    return frame.lazy(), [table.num_rows for table in tables]
 
 
-def _cut(shards: Sequence[Shard], rows: Sequence[int]) -> Iterator[Sequence[Shard]]:
-    """Shards together that have about GROUPS_AT_ONCE rows."""
+def _cut(shards: Sequence[Shard]) -> Iterator[Sequence[Shard]]:
+    """Shards together that, as the manifest says, have about GROUPS_AT_ONCE rows."""
     first = num_rows = 0
-    for number, size in enumerate(rows):
-        num_rows += size
-        if num_rows >= GROUPS_AT_ONCE or number + 1 - first == SHARDS_AT_ONCE or number + 1 == len(rows):
-            yield shards[first : number + 1]
-            first, num_rows = number + 1, 0
+    for number, shard in enumerate(shards, start=1):
+        num_rows += shard.record.rows
+        if num_rows >= GROUPS_AT_ONCE or number - first == SHARDS_AT_ONCE or number == len(shards):
+            yield shards[first:number]
+            first, num_rows = number, 0
 
 
 def _count_part(groups: pl.DataFrame, rows_of_shard: list[int]) -> _Part:
@@ -179,7 +180,7 @@ def _count_part(groups: pl.DataFrame, rows_of_shard: list[int]) -> _Part:
         "truncated": ~whole,
         "ends_at_once": whole & (tokens <= 1),
         "unjudged": reward.is_null(),
-        "failing": reward != 1,
+        "failing": (pl.col("sources") == EXPERT) & (reward != 1),
     }
     assert tuple(seen) == SEEN
     # what is null here is damaged, and `gft validate` says so
@@ -233,7 +234,7 @@ def _count_part(groups: pl.DataFrame, rows_of_shard: list[int]) -> _Part:
         prompt_lengths=groups.group_by("num_prompt_tokens").len(),
         without_signal=_sighting(of_groups.filter(has_judged & ~pl.col("varied"))),
         unjudged=_sighting(of_groups.filter(~has_judged)),
-        prompt_hashes=groups.select(hash=pl.struct(PROMPT_COLUMNS).hash()) if "prompt" in groups.columns else None,
+        prompt_hashes=groups.select("prompt_hash") if "prompt_hash" in groups.columns else None,
     )
 
 
@@ -369,7 +370,7 @@ def _repeated(shards: Sequence[Shard], parts: Sequence[_Part]) -> Sighting | Non
         return None
     if not hashes:
         return Sighting()
-    repeated = pl.concat(hashes).select(pl.col("hash").is_first_distinct().not_().arg_true()).to_series()
+    repeated = pl.concat(hashes).select(pl.col("prompt_hash").is_first_distinct().not_().arg_true()).to_series()
     ends = np.cumsum([rows for part in parts for rows in part.rows_of_shard])
     examples = []
     for row in repeated.head(EXAMPLES):

@@ -78,7 +78,7 @@ def by_hand(made: list[Group]) -> dict[str, Any]:
         "truncated": seen(lambda r, c: c.finish_reason == "length"),
         "ends_at_once": seen(lambda r, c: c.finish_reason != "length" and len(c.response_ids) <= 1),
         "unjudged": seen(lambda r, c: r.verdict.reward is None),
-        "failing": seen(lambda r, c: r.verdict.reward not in (None, 1.0)),
+        "failing": seen(lambda r, c: c.source == "expert" and r.verdict.reward not in (None, 1.0)),
         "without_signal": sighting([one for one in made if len(set(rewards(list(one.responses)))) == 1]),
         "groups_unjudged": sighting([one for one in made if not rewards(list(one.responses))]),
         "repeated_prompts": sighting([one for n, one in enumerate(made) if keys[n] in keys[:n]]),

@@ -1,6 +1,7 @@
 """The whole of an inspection: as JSON, of remote data by ranges, of what is not there."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from aid.bucket import BUCKET
 from aid.data_sets import Made, group, save
 
 from gftdata.browse import Filter, show_groups
+from gftdata.counts import count
 from gftdata.errors import UserError
 from gftdata.inspection import as_json, inspect_data
 from gftdata.locations import open_data
@@ -56,6 +58,29 @@ def test_remote_data_is_inspected_by_ranges_and_deep_from_fetched_shards(
     assert fetched == []
     assert inspect_data(S3_DATA, deep=True).counts == inspect_data(str(data), deep=True).counts
     assert len(fetched) == 3
+
+
+def test_remote_texts_are_not_read_to_count(
+    s3: s3fs.S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [group(n, [Made(text=os.urandom(50_000).hex())], question=os.urandom(50_000).hex()) for n in range(12)]
+    folder = save(tmp_path, [made])
+    for path in (folder / "manifest.json", *(folder / "data").iterdir()):
+        s3.put_file(str(path), f"{BUCKET}/long/data/{path.relative_to(folder)}")
+    read: list[int] = []
+    whole = s3fs.core.S3File._fetch_range
+
+    def counted(self: Any, start: int, end: int) -> bytes:
+        read.append(end - start)
+        return whole(self, start, end)
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    assert count(open_data(f"s3://{BUCKET}/long/data")).summary.groups == 12
+    assert 0 < 10 * sum(read) < sum(path.stat().st_size for path in (folder / "data").iterdir())
+    read.clear()
+    (shown,) = show_groups(open_data(f"s3://{BUCKET}/long/data"), Filter(id="row-7"), 1)
+    assert shown.responses[0].text == made[7].responses[0].completion.text
+    assert 2 * sum(read) < sum(path.stat().st_size for path in (folder / "data").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["null", "null elements", "short", "NaN"])

@@ -376,7 +376,7 @@ def _repeated(shards: Sequence[Shard], parts: Sequence[_Part]) -> Sighting | Non
     for row in repeated.head(EXAMPLES):
         number = int(np.searchsorted(ends, row, side="right"))
         (table,) = read_tables([shards[number]], ["prompt_id"])
-        examples.append(table["prompt_id"][row - int(ends[number]) + table.num_rows].as_py())
+        examples.append(table["prompt_id"][row - int(ends[number]) + table.num_rows].as_py() or "")
     return Sighting(len(repeated), tuple(examples))
 
 

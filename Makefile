@@ -4,13 +4,14 @@
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
+# make test-browser  the report in a real Chromium (apt-get installs it; needs root or sudo)
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo test test-faults faults-full test-sglang test-cluster test-interchange check clean
+.PHONY: demo test test-faults faults-full test-sglang test-cluster test-interchange test-browser check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -18,7 +19,8 @@ demo: .venv/installed
 
 test: .venv/smollm2
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster --ignore tests/faults
+	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster --ignore tests/faults \
+	  --ignore tests/browser
 
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist load tests/faults
@@ -36,6 +38,10 @@ test-cluster: .venv/installed
 
 test-interchange: .venv/installed .venv-trl/installed
 	GFT_TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest tests/interchange
+
+test-browser: .venv/installed
+	sh tests/browser/install.sh
+	$(BIN)/python -m pytest tests/browser
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ description to compare with another's.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import numpy as np
 from gftdata.errors import UserError, first_line
 from gftdata.types import Message, TokenIds
 
+VOCABULARY = "tokenizer.json"
+SPACES = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
 _PROBE = "GFTPROBE"
 
 
@@ -111,6 +113,60 @@ def next_token_inputs(prompt_ids: TokenIds, response_ids: TokenIds) -> tuple[Tok
     position first + t are those of response token t.
     """
     return np.concatenate([prompt_ids, response_ids])[:-1], len(prompt_ids) - 1
+
+
+def load_vocabulary(model: str) -> Any:
+    """What turns a model's ids into text, a `tokenizers.Tokenizer`: for reading where there is no torch.
+
+    Raises UserError where there is none to be had.
+    """
+    import tokenizers
+
+    check_model_path(model)
+    path = Path(model) / VOCABULARY
+    if not Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        from gftdata.hub import failures
+
+        try:
+            path = Path(hf_hub_download(model, VOCABULARY))
+        except failures() as error:
+            raise UserError(f"{model}: the Hub has not given its {VOCABULARY}: {first_line(error)}") from None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise UserError(f"{path}: cannot be read as a tokenizer: {first_line(error)}") from None
+
+
+def token_texts(vocabulary: Any, ids: Iterable[int]) -> dict[int, str]:
+    """The text of each token by itself, special tokens included; bytes that are no character alone as `<0xe4 0xbd>`.
+
+    An id that the vocabulary lacks is `<id 99999>`. Some decoders drop a space at the beginning: it is put back.
+    """
+    return {token_id: _token_text(vocabulary, token_id) for token_id in ids}
+
+
+def _token_text(vocabulary: Any, token_id: int) -> str:
+    piece: str | None = vocabulary.id_to_token(token_id) if token_id >= 0 else None
+    if piece is None:
+        return f"<id {token_id}>"
+    text: str = vocabulary.decode([token_id], skip_special_tokens=False)
+    if text and "\ufffd" not in text:
+        return " " + text if piece.startswith(SPACES) and not text.startswith(" ") else text
+    if all(character in _BYTES for character in piece):
+        return f"<0x{' '.join(f'{_BYTES[character]:02x}' for character in piece)}>"
+    return piece.replace("\u2581", " ")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (GPT-2's table): printable ones themselves, others from 256."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 def find_end_id(backend: Any, model: str) -> int:

@@ -576,6 +576,29 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of gft train, or with results of gft eval.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    groups: Annotated[int, typer.Option("--groups", min=0, help="Groups to show of each data set.")] = 12,
+    score: Annotated[
+        bool, typer.Option("--score", help="Run each trained model over these groups, for its own coefficients.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help="Where the data is now; default: as in the runs.")
+    ] = None,
+) -> None:
+    """Compare runs on one page: curves, results, weights and the groups, token by token. Opens without a network."""
+    from gftcli import show
+    from gfttrain.report import Options, write_report
+
+    if score:
+        _quiet_libraries()
+    show.reported(show.open_console(), write_report(runs, out, Options(groups, score, data)))
+
+
+@app.command()
 def fetch(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Of `gft generate`, `train` or `eval`.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what and how much, download nothing.")] = False,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gfttrain.forecast import Forecast
     from gfttrain.paired import Difference, Paired
     from gfttrain.prepare import Prepared
+    from gfttrain.report import Written
     from gfttrain.results import Estimate, Result
 
 
@@ -544,3 +545,19 @@ def relative(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def reported(console: Console, written: "Written") -> None:
+    """The page that `gft report` has written."""
+    of = "every step of every curve" if not written.points else f"at most {written.points:,} points of a curve"
+    facts(
+        console,
+        {
+            "page": f"{written.path} ({written.num_bytes / 1e6:.1f} MB)",
+            "runs": f"{written.runs:,}, with {of}",
+            "groups": f"{written.groups:,}",
+            **({"without": written.missing[0]} if written.missing else {}),
+        },
+    )
+    for reason in written.missing[1:]:
+        console.print(f"         {reason}", soft_wrap=True, highlight=False, markup=False)

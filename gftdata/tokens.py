@@ -6,6 +6,7 @@ description to compare with another's.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gftdata.types import Message, TokenIds
 
 VOCABULARY = "tokenizer.json"
 SPACES = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes one
 _PROBE = "GFTPROBE"
 
 
@@ -154,6 +156,8 @@ def _token_text(vocabulary: Any, token_id: int) -> str:
     text: str = vocabulary.decode([token_id], skip_special_tokens=False)
     if text and "\ufffd" not in text:
         return " " + text if piece.startswith(SPACES) and not text.startswith(" ") else text
+    if BYTE.fullmatch(piece):
+        return piece.lower()
     if all(character in _BYTES for character in piece):
         return f"<0x{' '.join(f'{_BYTES[character]:02x}' for character in piece)}>"
     return piece.replace("\u2581", " ")

@@ -71,7 +71,7 @@ CHARTS = (
     Chart("Entropy", "Of the model at the stored responses' tokens, nats a token.", ("entropy", "entropy/*")),
     Chart(
         "KL and log-ratio by source",
-        "Nats a token. On stored responses the mean of log π − log π_ref is a log-ratio; on self samples drawn at "
+        "Nats a token. On stored responses the mean of log π - log π_ref is a log-ratio; on self samples drawn at "
         "temperature 1 its negative estimates KL(π_ref ‖ π).",
         ("kl_ref_to_model", "log_ratio/*"),
     ),

@@ -1,6 +1,7 @@
 """Text -> token ids: templates, the token that ends a response, text that looks like special tokens."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from gftdata.tokens import (
     encode_prompt,
     encode_response,
     load_tokenizer,
+    load_vocabulary,
     next_token_inputs,
     template_hash,
+    token_texts,
     tokenizer_hash,
 )
 from gftdata.types import Message
@@ -260,3 +263,38 @@ def test_models_without_a_tokenizer(tmp_path: Path, demo: Path, one_line: OneLin
     shutil.copytree(demo / "model", tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     assert "broken: cannot load its tokenizer" in refusal(str(tmp_path / "broken"))
+
+
+def test_tokens_one_by_one_are_the_text(chat_model: Path, chat: Tokenizer):
+    text = "What is 12+34?\n\tLet x be é, 漢 and \U0001f600"
+    ids = encode_response(chat, text, ended=True).tolist()
+    texts = token_texts(load_vocabulary(str(chat_model)), ids)
+    assert texts[IM_END] == "<|im_end|>"
+    pieces = "".join(texts[i] for i in ids[:-1])
+    whole = re.sub(r"(?:<0x[0-9a-f ]+>)+", lambda m: bytes.fromhex(re.sub("<0x|>| ", "", m[0])).decode(), pieces)
+    assert whole == text and "<0x" in pieces
+
+
+def test_an_id_that_no_vocabulary_has(demo: Path):
+    vocabulary = load_vocabulary(str(demo / "model"))
+    assert token_texts(vocabulary, [3, 99_999, -1]) == {3: "0", 99_999: "<id 99999>", -1: "<id -1>"}
+
+
+def test_spaces_that_a_decoder_drops_are_put_back():
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"\u2581the": 0, "<0xE6>": 1, "a": 2}, [], byte_fallback=True))
+    steps = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    backend.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Strip(" ", 1, 0)])
+    assert token_texts(backend, [0, 1, 2]) == {0: " the", 1: "<0xe6>", 2: "a"}
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, one_line: OneLine):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError) as missing:
+        load_vocabulary(str(tmp_path))
+    assert "tokenizer.json" in one_line(missing.value)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(UserError) as broken:
+        load_vocabulary(str(tmp_path))
+    assert "tokenizer.json" in one_line(broken.value)

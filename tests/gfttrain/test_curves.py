@@ -1,6 +1,7 @@
 """Reading metrics.jsonl, and down-sampling that hides nothing."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_downsampling_keeps_every_extreme_and_every_gap(values, points, random, 
         assert not len(sampled.means)
         return
     edges = np.linspace(0, len(values), len(sampled.means) + 1).astype(int)
-    for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (low, high) in enumerate(pairwise(edges)):
         inside = whole.values[low:high]
         shown = sampled.values[(sampled.steps >= whole.steps[low]) & (sampled.steps <= whole.steps[high - 1])]
         assert np.isnan(inside).any() == np.isnan(shown).any()

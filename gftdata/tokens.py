@@ -164,7 +164,7 @@ def _token_text(vocabulary: Any, token_id: int) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (GPT-2's table): printable ones themselves, others from 256."""
+    """What byte-level BPE writes bytes as (GPT-2's table): printable ones as themselves, others as 256 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -65,8 +65,7 @@ def read_history(path: Path) -> History:
 
     Raises UserError for any other line that is no step of gft train.
     """
-    steps: dict[str, array[int]] = {}
-    values: dict[str, array[float]] = {}
+    columns: dict[str, tuple[array[int], array[float]]] = {}
     weights: tuple[array[int], list[list[int]], list[list[int]]] = (array("q"), [], [])
     last = 0
     for number, line, is_last in _lines(path):
@@ -76,27 +75,39 @@ def read_history(path: Path) -> History:
             if is_last and not line.endswith(b"\n"):
                 break
             raise UserError(f"{path}, line {number}: is no step of gft train: {error}; remove the line") from None
-        step = last = report["step"]
+        last = report["step"]
+        _add(columns, last, report)
         if all(name in report for name in WEIGHTS):
             rows = [report[name] for name in WEIGHTS]
             if not all(isinstance(row, list) and all(_is_count(n) for n in row) for row in rows):
                 raise UserError(f"{path}, line {number}: weights_before and weights_after are not counts of tokens")
-            weights[0].append(step)
+            weights[0].append(last)
             weights[1].append(rows[0])
             weights[2].append(rows[1])
-        for key, value in report.items():
-            if value is not None and not isinstance(value, float | int):
-                continue
-            if key not in steps:
-                steps[key], values[key] = array("q"), array("d")
-            steps[key].append(step)
-            values[key].append(np.nan if value is None else value)
     series = {
-        key: Series(np.array(at, np.int64), _finite_or_nan(np.array(values[key], np.float64)))
-        for key, at in steps.items()
-        if key not in NOT_CURVES
+        key: Series(np.array(steps, np.int64), _finite_or_nan(np.array(values, np.float64)))
+        for key, (steps, values) in columns.items()
+        if key not in NOT_CURVES and steps
     }
     return History(last, series, _weights(path, *weights))
+
+
+def _add(columns: "dict[str, tuple[array[int], array[float]]]", step: int, report: dict[str, Any]) -> None:
+    """A step's numbers to their columns; a number that no float holds, and null, as NaN."""
+    for key, value in report.items():
+        if key in columns:
+            steps, values = columns[key]
+        else:
+            steps, values = columns[key] = (array("q"), array("d"))
+        if type(value) is float:
+            values.append(value)
+        elif isinstance(value, int):
+            values.append(value if abs(value) <= MAX_COUNT else np.nan)
+        elif value is None:
+            values.append(np.nan)
+        else:
+            continue
+        steps.append(step)
 
 
 def _lines(path: Path) -> Any:
@@ -115,7 +126,7 @@ def _report(line: bytes, last: int) -> dict[str, Any]:
         raise ValueError("expected an object with a step")
     if found["step"] <= last:
         raise ValueError(f"step {found['step']} comes after step {last}")
-    return {k: np.inf if isinstance(v, int) and abs(v) > MAX_COUNT else v for k, v in found.items()}
+    return found
 
 
 def _is_count(value: Any) -> bool:

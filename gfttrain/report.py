@@ -34,7 +34,9 @@ PAGE = Path(__file__).resolve().parent / "page"
 PLOTLY = "plotly-basic.min.js"  # see page/README.md
 
 MAX_BYTES = 6_000_000
-CURVES_BYTES, EXAMPLES_BYTES = 2_600_000, 1_700_000  # of MAX_BYTES; the page itself takes 1.3 MB
+EXAMPLES_BYTES = 1_700_000  # of MAX_BYTES, at most; curves get what the page and the rest leave
+SPARE_BYTES = 20_000
+BYTES_A_POINT = 18  # about, with the means: where the search for what fits begins
 POINTS = (3000, 2000, 1400, 1000, 700, 500, 350, 250, 170, 120, 80, 40)  # of a charted curve; the first that fit
 OTHER_POINTS = 4  # times fewer for the metrics that no chart is about
 SHOWN_TOKENS = (MAX_TOKENS, 1000, 500, 250, 120, 60)  # of a response; the first that fit
@@ -130,18 +132,16 @@ def write_report(runs: Sequence[Path], out: Path, options: Options | None = None
     found = read_runs(runs)
     missing: list[str] = []
     examples, views = _examples(found, options, missing)
-    curves, points = _fit_curves(found)
-    shown = _fit_examples(found, examples, views, missing)
     data = {
         "toolkit": toolkit_version(),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "points": points,
         **_settings(found),
         "benchmarks": _benchmarks(found),
-        **curves,
-        **shown,
+        **_fit_examples(found, examples, views, missing),
         "missing": missing,
+        "weights": [_weights(run.history) for run in found],
     }
+    data |= _fit_curves(found, MAX_BYTES - SPARE_BYTES - len(assemble(data).encode()))
     page = assemble(data)
     num_bytes = len(page.encode())
     if num_bytes > MAX_BYTES:
@@ -150,9 +150,9 @@ def write_report(runs: Sequence[Path], out: Path, options: Options | None = None
             "name fewer runs"
         )
     write_atomic(out, page)
-    num_groups = sum(len(one["groups"]) for one in shown["examples"])
+    num_groups = sum(len(one["groups"]) for one in data["examples"])
     said = tuple(" ".join(visible(reason).split()) for reason in missing)
-    return Written(out, num_bytes, len(found), points, num_groups, said)
+    return Written(out, num_bytes, len(found), data["points"], num_groups, said)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -298,35 +298,44 @@ def _matching(names: Iterable[str], pattern: str) -> list[str]:
     return [name for name in first if name in found] + [name for name in found if name not in first]
 
 
-def _fit_curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
-    """Curves with as many points as there is room for; and how many a long one has, 0 where none was cut."""
+def _fit_curves(runs: Sequence[Run], room: int) -> dict[str, Any]:
+    """Curves with as many points as `room` bytes hold; `points`: how many a long one has, 0 where none was cut."""
     charts = _charts(runs)
     others = {name for chart in charts if chart["other"] for name in chart["metrics"]}
-    longest = max((len(s.steps) for run in runs for s in run.history.series.values()), default=0)
-    made: dict[str, Any] = {}
+    tables = [{name: _table(series) for name, series in run.history.series.items()} for run in runs]
+    sizes = [(len(s.steps), name in others) for run in runs for name, s in run.history.series.items()]
     for points in POINTS:
-        sampled = [
+        limits = {True: max(8, points // OTHER_POINTS), False: points}
+        if points != POINTS[-1] and sum(min(n, limits[other]) for n, other in sizes) * BYTES_A_POINT > 1.2 * room:
+            continue
+        curves = [
             {
-                name: _curve(series, downsample(series, max(8, points // OTHER_POINTS if name in others else points)))
+                name: _curve(downsample(series, limits[name in others])) | {"table": table[name]}
                 for name, series in run.history.series.items()
             }
-            for run in runs
+            for run, table in zip(runs, tables, strict=True)
         ]
-        made = {"charts": charts, "series": sampled, "weights": [_weights(run.history) for run in runs]}
-        if len(to_json(made)) <= CURVES_BYTES:
-            return made, points if longest > points // OTHER_POINTS else 0
-    return made, POINTS[-1]
+        cut = any(n > limits[other] for n, other in sizes)
+        made = {"charts": charts, "series": curves, "points": points if cut else 0}
+        if len(to_json(made)) <= room:
+            break
+    return made
 
 
-def _curve(series: Series, sampled: Sampled) -> dict[str, Any]:
-    """Steps are differences, values have six digits; what the table says of a curve has all, and all steps."""
+def _table(series: Series) -> dict[str, Any]:
+    """What the table under a chart says of a curve: of all its steps, with all digits."""
     real = np.flatnonzero(np.isfinite(series.values))
     table: dict[str, Any] = {"count": len(series.steps), "gaps": len(series.steps) - len(real)}
     if len(real):
         values = series.values[real]
         for name, place in (("first", 0), ("last", -1), ("lowest", values.argmin()), ("highest", values.argmax())):
             table[name] = [int(series.steps[real[place]]), float(values[place])]
-    curve: dict[str, Any] = {"x": _differences(sampled.steps), "y": _rounded(sampled.values), "table": table}
+    return table
+
+
+def _curve(sampled: Sampled) -> dict[str, Any]:
+    """Steps are differences, values have six digits."""
+    curve: dict[str, Any] = {"x": _differences(sampled.steps), "y": _rounded(sampled.values)}
     if len(sampled.means):
         curve |= {"mx": _differences(sampled.mean_steps), "my": _rounded(sampled.means)}
     return curve

@@ -24,6 +24,22 @@ from gfttrain.runs import FINAL, METRICS
 
 MODEL = Path(__file__).parents[2] / "samples" / "demo" / "model"
 SOURCES = ("expert", "teacher:hint", "self")
+HOSTILE = (
+    "<script>alert('script')</script>",
+    "</script><script>alert('left')</script>",
+    "<img src=x onerror=alert('img')>",
+    "<a href=\"javascript:alert('link')\">press</a>",
+    "javascript:alert('plain')",
+    "\u202eevil\u202c \u2066turned\u2069",
+    "{{DATA}} {{SCRIPT}} ${alert('literal')} %{x} <b>bold</b>",
+    "&lt;script&gt;alert('entity')&lt;/script&gt; &amp;",
+    "<!-- <style>*{display:none}</style> ]]> -->",
+    "\x00\x07\x1b[31m red \x7f",
+    "__proto__",
+    "a\u0301" * 30,
+    "W" * 1_000_000,
+    "\ud55c\u6f22\U0001f600",
+)
 
 
 def metrics_of(step: int, seed: int = 0) -> dict[str, Any]:

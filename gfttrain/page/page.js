@@ -7,6 +7,7 @@
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const DASH_ARRAYS = ["", "7 4", "2 4", "7 3 2 3", "11 4"];
   const COLOURS = 8;
+  const BANDS = 8; // more of them are mud
   const state = { hidden: new Set(), smooth: 0, from: null, to: null };
   const plots = []; // functions that draw a chart anew
 
@@ -236,15 +237,16 @@
     const shown = data.benchmarks.filter((b) => b.ks.length > 1);
     if (!shown.length) return empty("passk", "No result has pass@k for more than one k.");
     let which = 0;
-    const { plot, caption, node } = figure("pass@k over k", "Bands are 95 % bootstrap intervals over prompts.", "plot wide");
+    const { plot, caption, node } = figure("pass@k over k", `Bands are 95 % bootstrap intervals over prompts, drawn for up to ${BANDS} runs at once.`, "plot wide");
     if (shown.length > 1) caption.append(select("Benchmark", shown.map((b) => b.name), 0, (value) => { which = value; redraw(); }));
     function redraw() {
       const b = shown[which], traces = [];
+      const few = b.results.filter((found, r) => found && !state.hidden.has(r)).length <= BANDS;
       plot.setAttribute("aria-label", `pass@k over k on ${b.name}; the table of results has the values`);
       b.results.forEach((found, r) => {
         if (!found || state.hidden.has(r)) return;
         const ks = b.ks.filter((k) => found.pass_at[k]), at = ks.map((k) => found.pass_at[k]), of = computed(`--run-${r % COLOURS}`);
-        if (at.every((e) => e.low != null)) {
+        if (few && at.every((e) => e.low != null)) {
           traces.push({ type: "scatter", x: [...ks, ...[...ks].reverse()], y: [...at.map((e) => e.high), ...at.map((e) => e.low).reverse()], fill: "toself",
             fillcolor: of, opacity: 0.13, line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
         }
@@ -310,7 +312,7 @@
       plot.setAttribute("aria-label", `Share of tokens by weight before and after rectification, ${label(run)}, ${where}; the table below has the values`);
       draw(plot, [bars(before, "before: 1/π", computed("--run-1")), bars(after, "after: C/π", computed("--run-0"))], {
         barmode: "group", bargap: 0.25, showlegend: true, legend: { orientation: "h", x: 1, xanchor: "right", y: 1.12, font: { size: 12 }, itemclick: false, itemdoubleclick: false },
-        xaxis: axis("weight of a token, in bins of powers of two (k = 1,024)", { type: "category", tickangle: "auto" }),
+        xaxis: axis("weight of a token (k = 1,024)", { type: "category", tickangle: "auto" }),
         yaxis: axis("share of tokens", { type: logarithmic ? "log" : "linear", tickformat: "~%", ...(logarithmic ? { dtick: 1 } : {}) }),
       });
       if (more.open) { while (more.children.length > 1) more.lastChild.remove(); more.append(rows()); }
@@ -338,14 +340,14 @@
     if (!data.views.length || !data.examples.some((one) => one.groups.length)) return empty("groups", "There are no groups to show.");
     const views = data.views.filter((v) => data.examples[v.data].groups.length);
     let view = Math.max(0, views.findIndex((v) => v.run === data.preferred)), group = 0, shading = 0;
-    const body = el("div", {}), inspector = el("div", { class: "inspector", id: "inspector", "aria-live": "polite" });
+    const body = el("div", {}), inspector = el("div", { class: "inspector", id: "inspector", "aria-live": "polite", hidden: true });
     const counter = el("output", {});
     const kinds = () => [["C(π_ref), at the start", "start"], ...(views[view].logprobs ? [["C(π), trained", "trained"]] : []), ["log π_ref", "reference"], ...(views[view].logprobs ? [["log π, trained", "now"]] : [])];
     const runPicker = select("Run", views.map((v) => label(v.run)), view, (value) => { const d = views[view].data; view = value; if (views[view].data !== d) group = 0; shading = Math.min(shading, kinds().length - 1); render(); });
     const shades = el("fieldset", {});
     const turn = (by) => () => { const count = data.examples[views[view].data].groups.length; group = (group + by + count) % count; render(); };
     const hint = "Point at a token, tap it, or go to a response with Tab and through its tokens with the arrow keys.";
-    const tell = (...parts) => inspector.replaceChildren(...parts);
+    const tell = (...parts) => { inspector.hidden = false; inspector.replaceChildren(...parts.filter((part) => part != null)); };
     const fact = (name, value) => el("span", {}, `${name} `, el("b", {}, value));
 
     function render() {
@@ -361,10 +363,10 @@
       const [low, high] = byLogprob ? ["0 nats", "−8 and less"] : ["C = 1: as it is", "C = 0: held back"];
       const scale = el("span", { class: "scale" }, low, el("i", {}), high);
       clear(body);
-      body.append(scale, el("p", { class: "note" }, `${g.place}${g.source ? `, from ${g.source}` : ""}${g.truth == null ? "" : `; ground truth: ${g.truth}`}`),
+      inspector.hidden = true;
+      body.append(el("div", { class: "row" }, scale, el("span", { class: "note" }, hint)), el("p", { class: "note" }, `${g.place}${g.source ? `, from ${g.source}` : ""}${g.truth == null ? "" : `; ground truth: ${g.truth}`}`),
         el("div", { class: "prompt", tabindex: 0, role: "region", "aria-label": "Prompt" }, ...g.prompt.flatMap(([role, text]) => [el("b", {}, role), text])),
         ...g.responses.map((response, k) => responseCard(v, examples, g, response, k, kind)));
-      tell(el("span", { class: "quiet" }, hint));
     }
 
     function responseCard(v, examples, g, response, k, kind) {

@@ -1,15 +1,11 @@
 """`gft report`: run folders and shards -> one HTML page that needs nothing else.
 
-What is read is curves.py's, examples.py's and results.py's; how it looks is page/'s. Here the parts are put together,
-made to fit, and made safe: everything that comes from a run or a model goes into one block of JSON, which no parser of
-HTML can leave, and the page's script only ever makes text of it.
+What is read is curves.py's, examples.py's and results.py's; charts.py says what is drawn, html_page.py makes a page of
+it, and how that looks is page/'s. Here the parts are put together, and made to fit.
 """
 
 import base64
-import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -24,24 +20,18 @@ from pydantic import ValidationError
 from gftdata.errors import UserError
 from gftdata.shards import check_writable, toolkit_version, write_atomic
 from gftdata.types import Response
+from gfttrain.charts import fit_curves, weights_data
 from gfttrain.config import FilterConfig, ObjectiveConfig
-from gfttrain.curves import History, Sampled, Series, downsample, read_history, sum_weights
+from gfttrain.curves import History, read_history
 from gfttrain.examples import MAX_TOKENS, Examples, View, read_examples, score, texts, tokenizer_of, view
+from gfttrain.html_page import assemble, to_json, visible
 from gfttrain.results import EVALS, Result, read_results
 from gfttrain.runs import FINAL, METRICS, RUN
-
-PAGE = Path(__file__).resolve().parent / "page"
-PLOTLY = "plotly-basic.min.js"  # see page/README.md
 
 MAX_BYTES = 6_000_000
 EXAMPLES_BYTES = 1_700_000  # of MAX_BYTES, at most; curves get what the page and the rest leave
 SPARE_BYTES = 20_000
-BYTES_A_POINT = 18  # about, with the means: where the search for what fits begins
-POINTS = (3000, 2000, 1400, 1000, 700, 500, 350, 250, 170, 120, 80, 40)  # of a charted curve; the first that fit
-OTHER_POINTS = 4  # times fewer for the metrics that no chart is about
 SHOWN_TOKENS = (MAX_TOKENS, 1000, 500, 250, 120, 60)  # of a response; the first that fit
-WEIGHT_BUCKETS = 24  # histograms of weights of one run
-MAX_TEXT = 4000  # characters of any one text: a prompt, a name, a setting
 MAX_TOKEN_TEXT = 200
 
 
@@ -52,51 +42,6 @@ class Options:
     groups: int = 12  # of each data set
     score: bool = False  # run the trained models over the shown groups
     data: str | None = None  # where the data is now, if not where the runs found it
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A chart of training curves; of several metrics one is picked at a time. `name/*` is every metric below it."""
-
-    title: str
-    note: str
-    metrics: tuple[str, ...]
-
-
-CHARTS = (
-    Chart(
-        "Loss",
-        "Over all response tokens of a step. Losses of different objectives are on different scales.",
-        ("loss",),
-    ),
-    Chart("Gradient norm", "Before clipping.", ("grad_norm",)),
-    Chart("Entropy", "Of the model at the stored responses' tokens, nats a token.", ("entropy", "entropy/*")),
-    Chart(
-        "KL and log-ratio by source",
-        "Nats a token. On stored responses the mean of log π - log π_ref is a log-ratio; on self samples drawn at "
-        "temperature 1 its negative estimates KL(π_ref ‖ π).",
-        ("kl_ref_to_model", "log_ratio/*"),
-    ),
-    Chart(
-        "Rectified fraction",
-        "Share of tokens with π < τ, whose coefficient is π. Of objectives with a clipped ratio: the clipped share.",
-        ("rectified_fraction", "rectified_fraction/*", "clipped_fraction"),
-    ),
-    Chart(
-        "Staleness",
-        "Share of tokens of self samples whose π / π_ref has left 0.8 to 1.25.",
-        ("stale_fraction",),
-    ),
-    Chart(
-        "Reward mix",
-        "Of the groups of a step, by source. It is in the data: runs over the same groups show the same.",
-        ("data/reward/*", "data/pass_rate/*", "data/groups_with_signal"),
-    ),
-    Chart("Tokens per second", "Response tokens that went through the model.", ("tokens_per_second",)),
-    Chart("Evaluation during training", "As configured in the run.", ("eval/*",)),
-)
-OTHERS = Chart("Other metrics", "Everything else that the runs recorded.", ())
-FIRST_SOURCES = ("self", "expert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +84,9 @@ def write_report(runs: Sequence[Path], out: Path, options: Options | None = None
         "benchmarks": _benchmarks(found),
         **_fit_examples(found, examples, views, missing),
         "missing": missing,
-        "weights": [_weights(run.history) for run in found],
+        "weights": [weights_data(run.history) for run in found],
     }
-    data |= _fit_curves(found, MAX_BYTES - SPARE_BYTES - len(assemble(data).encode()))
+    data |= fit_curves([run.history for run in found], MAX_BYTES - SPARE_BYTES - len(assemble(data).encode()))
     page = assemble(data)
     num_bytes = len(page.encode())
     if num_bytes > MAX_BYTES:
@@ -196,9 +141,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / RUN}: cannot be read as the settings of a run of gft train") from None
     return config
-
-
-# What the page shows, part by part ---------------------------------------------------------------------------------
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Any]:
@@ -275,86 +217,6 @@ def _benchmarks(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The charts that have something to show, with the metrics to pick from, and `other`: what no chart is about."""
-    names = dict.fromkeys(name for run in runs for name in run.history.series)
-    charts, taken = [], set()
-    for chart in CHARTS:
-        metrics = [name for pattern in chart.metrics for name in _matching(names, pattern)]
-        taken |= set(metrics)
-        charts.append({"title": chart.title, "note": chart.note, "metrics": metrics, "other": False})
-    others = sorted(name for name in names if name not in taken)
-    charts.append({"title": OTHERS.title, "note": OTHERS.note, "metrics": others, "other": True})
-    return [chart for chart in charts if chart["metrics"]]
-
-
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    if not pattern.endswith("*"):
-        return [name for name in names if name == pattern]
-    found = sorted(name for name in names if name.startswith(pattern[:-1]))
-    first = [f"{pattern[:-1]}{source}" for source in FIRST_SOURCES]
-    return [name for name in first if name in found] + [name for name in found if name not in first]
-
-
-def _fit_curves(runs: Sequence[Run], room: int) -> dict[str, Any]:
-    """Curves with as many points as `room` bytes hold; `points`: how many a long one has, 0 where none was cut."""
-    charts = _charts(runs)
-    others = {name for chart in charts if chart["other"] for name in chart["metrics"]}
-    tables = [{name: _table(series) for name, series in run.history.series.items()} for run in runs]
-    sizes = [(len(s.steps), name in others) for run in runs for name, s in run.history.series.items()]
-    for points in POINTS:
-        limits = {True: max(8, points // OTHER_POINTS), False: points}
-        if points != POINTS[-1] and sum(min(n, limits[other]) for n, other in sizes) * BYTES_A_POINT > 1.2 * room:
-            continue
-        curves = [
-            {
-                name: _curve(downsample(series, limits[name in others])) | {"table": table[name]}
-                for name, series in run.history.series.items()
-            }
-            for run, table in zip(runs, tables, strict=True)
-        ]
-        cut = any(n > limits[other] for n, other in sizes)
-        made = {"charts": charts, "series": curves, "points": points if cut else 0}
-        if len(to_json(made)) <= room:
-            break
-    return made
-
-
-def _table(series: Series) -> dict[str, Any]:
-    """What the table under a chart says of a curve: of all its steps, with all digits."""
-    real = np.flatnonzero(np.isfinite(series.values))
-    table: dict[str, Any] = {"count": len(series.steps), "gaps": len(series.steps) - len(real)}
-    if len(real):
-        values = series.values[real]
-        for name, place in (("first", 0), ("last", -1), ("lowest", values.argmin()), ("highest", values.argmax())):
-            table[name] = [int(series.steps[real[place]]), float(values[place])]
-    return table
-
-
-def _curve(sampled: Sampled) -> dict[str, Any]:
-    """Steps are differences, values have six digits."""
-    curve: dict[str, Any] = {"x": _differences(sampled.steps), "y": _rounded(sampled.values)}
-    if len(sampled.means):
-        curve |= {"mx": _differences(sampled.mean_steps), "my": _rounded(sampled.means)}
-    return curve
-
-
-def _differences(steps: npt.NDArray[np.int64]) -> list[int]:
-    differences: list[int] = np.diff(steps, prepend=0).tolist()
-    return differences
-
-
-def _rounded(values: npt.NDArray[np.float64]) -> list[float | None]:
-    return [None if value != value else float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _weights(history: History) -> dict[str, Any] | None:
-    if history.weights is None:
-        return None
-    summed = sum_weights(history.weights, WEIGHT_BUCKETS)
-    return {"steps": summed.steps.tolist(), "before": summed.before.tolist(), "after": summed.after.tolist()}
 
 
 def _examples(
@@ -460,12 +322,12 @@ def _example_data(examples: Examples, vocabulary: dict[int, str], groups: int, t
 
 
 def _response_data(response: Response, tokens: int) -> dict[str, Any]:
-    completion = response.completion
+    completion, reward = response.completion, response.verdict.reward
     return {
         "source": completion.source,
         "model": completion.model,
         "finish": completion.finish_reason,
-        "reward": response.verdict.reward,
+        "reward": None if reward is None or not np.isfinite(reward) else reward,
         "status": response.verdict.status,
         "tokens": len(completion.response_ids),
         "ids": _base64(completion.response_ids[:tokens], "<i4"),
@@ -480,7 +342,7 @@ def _view_data(run: int, of: int, each: View, groups: int, tokens: int) -> dict[
     return {
         "run": run,
         "data": of,
-        "tau": each.tau,
+        "tau": min(each.tau, 2.0),  # which may be infinite; above 1 all are the same
         "rectifies": each.rectifies,
         "advantages": [list(row) for row in each.advantages[:groups]],
         "used": [list(row) for row in each.used[:groups]],
@@ -491,68 +353,3 @@ def _view_data(run: int, of: int, each: View, groups: int, tokens: int) -> dict[
 def _base64(values: npt.NDArray[Any], dtype: str) -> bytes:
     """Exact, and about as long as four digits of text. Bytes, so that it is not taken for somebody's text."""
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes())
-
-
-# Safety ------------------------------------------------------------------------------------------------------------
-
-JOINERS = "\u200c\u200d"  # of emoji and of several scripts: they steer nothing
-
-
-def visible(text: str, limit: int = MAX_TEXT) -> str:
-    """Text with nothing in it that hides or turns other text: control and format characters are named, the end is cut.
-
-    Line ends and tabs stay.
-    """
-    kept = text[:limit]
-    if not (kept.isascii() and kept.isprintable()):
-        kept = "".join(_visible_character(character) for character in kept)
-    return kept if len(text) <= limit else f"{kept}… ({len(text):,} characters)"
-
-
-def _visible_character(character: str) -> str:
-    if character in "\n\t" or character in JOINERS:
-        return character
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return f"⟨U+{ord(character):04X}⟩"
-    return character
-
-
-def _visible_data(data: Any) -> Any:
-    if isinstance(data, str):
-        return visible(data)
-    if isinstance(data, dict):
-        return {visible(str(key)): _visible_data(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        if data and isinstance(data[0], int | float):  # a curve
-            return data
-        return [_visible_data(value) for value in data]
-    return data
-
-
-def to_json(data: Any) -> str:
-    """JSON in ASCII that can stand inside a script element: no character of HTML in it, none that ends a line."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=bytes.decode)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def assemble(data: dict[str, Any]) -> str:
-    """The page. Only the two scripts whose hashes the page names can run in it, and nothing is loaded."""
-    script, plotly = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.js", PLOTLY))
-    policy = (
-        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    parts = {
-        "POLICY": policy,
-        "STYLE": (PAGE / "page.css").read_text(encoding="utf-8"),
-        "PLOTLY": plotly,
-        "SCRIPT": script,
-        "DATA": to_json(_visible_data(data)),
-    }
-    template = (PAGE / "page.html").read_text(encoding="utf-8")
-    # in one pass: nothing that was put in is looked at again
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], template)
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -100,8 +100,8 @@
   const steps = (differences) => { let at = 0; return differences.map((d) => (at += d)); };
   const read = new Map();
   function curve(run, name) {
+    if (!Object.hasOwn(data.series[run], name)) return null;
     const key = `${run}/${name}`, found = data.series[run][name];
-    if (!found) return null;
     if (!read.has(key)) read.set(key, { x: steps(found.x), y: found.y, mx: found.mx ? steps(found.mx) : null, my: found.my, table: found.table });
     return read.get(key);
   }
@@ -199,7 +199,7 @@
   }
 
   function estimate(found, best) {
-    if (found == null) return el("td", {}, "–");
+    if (found?.value == null) return el("td", {}, "–");
     const cell = el("td", { class: best ? "best" : "" }, found.value.toFixed(3));
     if (best) cell.append(el("span", { class: "hidden-text" }, " (best)"));
     if (found.low != null) cell.append(el("span", { class: "interval" }, `${found.low.toFixed(3)}–${found.high.toFixed(3)}`));
@@ -336,6 +336,8 @@
   // Dynamic Coefficient Rectification: gfttrain/objective.py, rectified_coefficient
   const coefficient = (logprob, tau) => { const p = Math.exp(logprob); return p < tau ? p : 1; };
 
+  const ENDS = new Map([["stop", "ended by itself"], ["length", "cut by the length limit"], ["given", "given text"]]);
+
   function groupsSection() {
     if (!data.views.length || !data.examples.some((one) => one.groups.length)) return empty("groups", "There are no groups to show.");
     const views = data.views.filter((v) => data.examples[v.data].groups.length);
@@ -383,7 +385,7 @@
         used ? el("span", {}, "advantage ", el("b", { class: advantage > 0 ? "up" : advantage < 0 ? "down" : "" }, signed(advantage)), " ", el("span", { class: advantage < 0 ? "meter minus" : "meter", "aria-hidden": "true" }, bar))
           : el("span", { class: "quiet" }, "not used by this run's objective"),
         held == null ? null : el("span", {}, `held back (C < 1${kind === "trained" || kind === "now" ? ", trained" : ""}) `, el("b", { class: "share-held" }, share(held)), " of tokens"),
-        el("span", { class: "quiet" }, `${number(response.tokens)} tokens, ${{ stop: "ended by itself", length: "cut by the length limit", given: "given text" }[response.finish] ?? response.finish}`));
+        el("span", { class: "quiet" }, `${number(response.tokens)} tokens, ${ENDS.get(response.finish) ?? response.finish}`));
       const tokens = el("div", { class: "tokens", role: "group", "aria-label": `Tokens of response ${k + 1}, ${response.source}. Arrow keys go from token to token.` });
       const show = (t) => {
         const logprob = ref[t], text = examples.texts[ids[t]];

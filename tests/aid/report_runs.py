@@ -36,6 +36,7 @@ HOSTILE = (
     "<!-- <style>*{display:none}</style> ]]> -->",
     "\x00\x07\x1b[31m red \x7f",
     "__proto__",
+    "constructor",
     "a\u0301" * 30,
     "W" * 1_000_000,
     "\ud55c\u6f22\U0001f600",

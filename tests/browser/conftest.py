@@ -117,7 +117,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
         run = write_results(write_run(folder / name, groups), 0.4, "<script>alert('benchmark')</script>")
         write_results(run, 0.2, "__proto__")
         shutil.copy(groups / "model" / "tokenizer.json", run / "final" / "tokenizer.json")
-        append_line(run / "metrics.jsonl", {"step": 6, **{f"<b>{text[:200]}": 1.0 for text in HOSTILE}})
+        names = [*(f"<b>{text[:200]}" for text in HOSTILE), *(() if made else ("__proto__", "constructor"))]
+        append_line(run / "metrics.jsonl", {"step": 6, **dict.fromkeys(names, 1.0)})
         settings = json.loads((run / "run.json").read_text())
         settings["config"]["<script>alert(3)</script>"] = HOSTILE[len(made)]
         (run / "run.json").write_text(json.dumps(settings))

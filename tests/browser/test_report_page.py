@@ -13,8 +13,9 @@ from aid.report_runs import HOSTILE, write_run
 from playwright.sync_api import Page, expect
 
 from gfttrain.examples import read_examples
+from gfttrain.html_page import visible
 from gfttrain.objective import rectified_coefficient
-from gfttrain.report import Options, visible, write_report
+from gfttrain.report import Options, write_report
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_hostile_text_is_text(show: Any, hostile_report: Path, report: Path):
     for shown, sent in zip(tokens, HOSTILE, strict=True):
         assert shown == visible(sent, 200)
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b]", page.content())
-    assert "W… (1,000,000 characters)" in text or "(1,000,000 characters)" in tokens[12]
+    assert "W… (1,000,000 characters)" in text or "(1,000,000 characters)" in tokens[13]
     expect(page.locator("#groups .response").first).to_contain_text("more tokens are not in this page")
 
     # what plotly writes itself: hover labels, axis titles

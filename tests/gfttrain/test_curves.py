@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gftdata.errors import UserError
+from gfttrain.charts import CHARTS
 from gfttrain.curves import Series, Weights, downsample, read_history, sum_weights
 from gfttrain.metrics import STALE_RATIOS, append_line
-from gfttrain.report import CHARTS
 
 
 def series_of(values: np.ndarray, gaps: np.ndarray | None = None) -> Series:

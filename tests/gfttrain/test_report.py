@@ -21,7 +21,8 @@ from gftdata.locations import open_data, read_index
 from gfttrain.advantage import group_advantages
 from gfttrain.config import FilterConfig, ObjectiveConfig
 from gfttrain.examples import choose_groups, read_examples, score, view
-from gfttrain.report import MAX_BYTES, PAGE, PLOTLY, Options, run_labels, to_json, visible, write_report
+from gfttrain.html_page import PAGE, PLOTLY, to_json, visible
+from gfttrain.report import MAX_BYTES, Options, run_labels, write_report
 
 PLOTLY_SHA256 = "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"  # of version 4.1.1 on npm
 
@@ -198,6 +199,15 @@ def test_settings_that_are_none_are_a_mistake(tmp_path: Path, data: Path):
         (run / "run.json").write_text(broken)
         with pytest.raises(UserError, match=said):
             write_report([run], tmp_path / "r.html")
+
+
+def test_numbers_that_json_has_none_of_are_no_obstacle(tmp_path: Path, data: Path):
+    run = write_results(write_run(tmp_path / "run", data, objective={"tau": float("inf")}), 0.5)
+    evals = run / "evals.jsonl"
+    evals.write_text(evals.read_text().replace('"entropy": 0.2134', '"entropy": NaN'))
+    write_report([run], tmp_path / "r.html")
+    page = data_of(tmp_path / "r.html")
+    assert page["views"][0]["tau"] > 1 and page["benchmarks"][0]["results"][0]["entropy"] is None
 
 
 def test_data_out_of_reach_is_said_and_can_be_named(tmp_path: Path, data: Path):

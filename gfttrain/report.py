@@ -342,7 +342,7 @@ def _view_data(run: int, of: int, each: View, groups: int, tokens: int) -> dict[
     return {
         "run": run,
         "data": of,
-        "tau": min(each.tau, 2.0),  # which may be infinite; above 1 all are the same
+        "tau": each.tau,
         "rectifies": each.rectifies,
         "advantages": [list(row) for row in each.advantages[:groups]],
         "used": [list(row) for row in each.used[:groups]],

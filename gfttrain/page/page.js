@@ -295,7 +295,7 @@
     const { plot, caption, node } = figure("Share of tokens by weight", null, "plot wide");
     const slider = el("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "Part of the training", on: { input: () => { place = Number(slider.value); redraw(); } } });
     const told = el("output", {});
-    const more = details("Values as a table", () => el("div", {}));
+    const more = details("Values as a table", () => rows());
     const part = (rows) => (place ? rows[place - 1] : rows[0].map((_, bin) => rows.reduce((sum, row) => sum + row[bin], 0)));
     const power = (n) => (n >= 10 ? `${2 ** (n - 10)}k` : `${2 ** n}`);
     const name = (bin, of) => (bin === of - 1 ? `≥ ${power(bin)}` : `${power(bin)}–${power(bin + 1)}`);
@@ -318,7 +318,6 @@
       if (more.open) { while (more.children.length > 1) more.lastChild.remove(); more.append(rows()); }
     }
     const rows = () => { const w = data.weights[run], before = part(w.before), after = part(w.after); return table(["weight", "before: 1/π, tokens", "after: C/π, tokens"], before.map((n, bin) => [name(bin, before.length), number(n), number(after[bin])]), "Weights"); };
-    more.addEventListener("toggle", redraw);
     if (runs.length > 1) caption.append(select("Run", runs.map(label), runs.indexOf(run), (value) => { run = runs[value]; place = 0; slider.value = 0; redraw(); }));
     caption.append(check("log", true, (on) => { logarithmic = on; redraw(); }));
     byId("weights").append(el("p", {}, "Written as a policy gradient, supervised fine-tuning gives every token the weight 1/π, which has no bound; rectification multiplies it by C(π), which bounds it by 1/τ. Counted over the tokens that went through the model."),

@@ -93,6 +93,7 @@ def test_weights_are_those_of_the_file(show: Any, report: Path, runs: list[Path]
     section.locator("summary").click()
 
     def counts() -> list[list[int]]:
+        expect(section.locator("tbody tr")).to_have_count(16)
         rows = section.locator("tbody tr").all()
         return [[int(cell.replace(",", "")) for cell in row.locator("td").all_inner_texts()] for row in rows]
 

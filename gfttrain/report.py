@@ -33,6 +33,7 @@ EXAMPLES_BYTES = 1_700_000  # of MAX_BYTES, at most; curves get what the page an
 SPARE_BYTES = 20_000
 SHOWN_TOKENS = (MAX_TOKENS, 1000, 500, 250, 120, 60)  # of a response; the first that fit
 MAX_TOKEN_TEXT = 200
+MODELS_OWN = "revision"  # among the settings of a result: of the model that was measured, not of how
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ def _benchmarks(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for name in names:
         results = [run.results.get(name) for run in runs]
         settings = [dict(_flat(result.settings)) for result in results if result is not None]
-        keys = dict.fromkeys(key for one in settings for key in one)
+        keys = dict.fromkeys(key for one in settings for key in one if key != MODELS_OWN)
         made.append(
             {
                 "name": name,

@@ -108,7 +108,7 @@ def write_results(out: Path, value: float, benchmark: str = "sums", **changes: A
         greedy=Estimate(value + 0.011, None, None),
         entropy=0.2134,
         kl=0.0456,
-        settings={"num_samples": 4},
+        settings={"num_samples": 4, "revision": str(out)},
     )
     append_result(out, replace(found, **changes))
     return out

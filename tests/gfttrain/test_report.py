@@ -74,6 +74,7 @@ def test_the_page_holds_what_the_runs_hold(tmp_path: Path, runs: list[Path], dat
     )
 
     [sums] = page["benchmarks"]
+    assert sums["differing"] == []
     assert sums["ks"] == [1, 2, 4] and sums["results"][2]["pass_at"]["1"]["value"] == 0.5
     assert sums["results"][0]["pass_at"]["4"]["low"] == 0.6 + 0.1 - 0.031
 
@@ -208,6 +209,13 @@ def test_numbers_that_json_has_none_of_are_no_obstacle(tmp_path: Path, data: Pat
     write_report([run], tmp_path / "r.html")
     page = data_of(tmp_path / "r.html")
     assert page["benchmarks"][0]["results"][0]["entropy"] is None
+
+
+def test_results_that_were_not_measured_alike_are_said(tmp_path: Path):
+    one = write_results(tmp_path / "one", 0.5)
+    other = write_results(tmp_path / "other", 0.5, settings={"num_samples": 8, "sampling": {"temperature": 1.0}})
+    write_report([one, other], tmp_path / "r.html")
+    assert data_of(tmp_path / "r.html")["benchmarks"][0]["differing"] == ["num_samples", "sampling.temperature"]
 
 
 def test_data_out_of_reach_is_said_and_can_be_named(tmp_path: Path, data: Path):

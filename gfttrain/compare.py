@@ -15,7 +15,7 @@ import yaml
 from gftdata.engines.hf import pick_device
 from gftdata.errors import UserError
 from gftdata.shards import check_writable, write_atomic
-from gfttrain import benchmarks, forecast, prepare
+from gfttrain import benchmarks, forecast, prepare, report
 from gfttrain import evaluate as evaluation
 from gfttrain import train as training
 from gfttrain.compare_config import CompareConfig, Run, runs
@@ -23,6 +23,8 @@ from gfttrain.config import TrainConfig
 from gfttrain.distributed import launch
 from gfttrain.results import Result
 from gfttrain.runs import FINAL
+
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,12 @@ def compare(config: CompareConfig, listeners: Listeners | None = None, nproc: in
         listeners.on_begin(run, "evaluation")
         yield Outcome(run, len(every), evaluation.evaluate(run.evaluation, listeners.on_eval))
         _release()
+
+
+def write_report(config: CompareConfig) -> report.Written:
+    """OUT/report.html of all runs, their models' own probabilities included. Raises UserError."""
+    folders = [run.folder for run in runs(config)]
+    return report.write_report(folders, Path(config.out) / REPORT, report.Options(score=True))
 
 
 def _train(config: TrainConfig, nproc: int, listeners: Listeners) -> None:

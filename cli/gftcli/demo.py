@@ -18,7 +18,7 @@ from gftdata.schema import table_to_groups
 from gftdata.shards import read_manifest, shard_paths
 from gftdata.types import Group
 from gfttrain.advantage import group_advantages
-from gfttrain.compare import compare
+from gfttrain.compare import compare, write_report
 from gfttrain.compare_config import CompareConfig, load_compare, runs
 from gfttrain.comparison import tabulate, write_comparison
 from gfttrain.samples import GreedyAnswer, greedy_answers
@@ -57,6 +57,8 @@ def run(console: Console, out: Path) -> None:
     rows = tabulate(config)
     show_comparison.comparison(console, config, rows)
     write_comparison(config, rows)
+    with console.status("report", spinner="line"):
+        written = write_report(config)
 
     title(console, "4. The first sum that not all of them get right, answered by each (greedy)")
     shown = show.table("method", "answer", "right")
@@ -67,7 +69,7 @@ def run(console: Console, out: Path) -> None:
         shown.add_row(method, answer.question + answer.text, "yes" if answer.reward == 1.0 else "no")
     shown.columns[1].justify = "left"
     console.print(shown)
-    closing(console, out, time.monotonic() - began)
+    closing(console, out, written.path, time.monotonic() - began)
 
 
 def comparison_config(sample: Path, data: Path, out: Path) -> CompareConfig:
@@ -114,13 +116,14 @@ def show_group(console: Console, group: Group) -> None:
     console.print(rows)
 
 
-def closing(console: Console, out: Path, seconds: float) -> None:
+def closing(console: Console, out: Path, page: Path, seconds: float) -> None:
     """Which files to open, and how to do the same with one's own model."""
     title(console, f"Done in {seconds:.0f} seconds. Look at")
     here = show.relative(out)
     show.facts(
         console,
         {
+            show.relative(page): "curves, tables, and the groups token by token: open it in a browser",
             f"{here}/data/data/*.parquet": "the response groups: one row a prompt",
             f"{here}/data/manifest.json": "how they were made, with checksums",
             f"{here}/gft/metrics.jsonl": "every step of training",

@@ -572,7 +572,10 @@ def compare(
         raise typer.Exit(75) from None
     rows = comparison.tabulate(settings)
     show_comparison.comparison(console, settings, rows)
+    with console.status("report", spinner="line"):
+        written = comparing.write_report(settings)
     console.print(f"\nAs JSON: {comparison.write_comparison(settings, rows)}", soft_wrap=True, highlight=False)
+    show.reported(console, written)
 
 
 @app.command()

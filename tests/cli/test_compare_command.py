@@ -61,6 +61,8 @@ def test_compare(gft: Gft, tmp_path: Path) -> None:
     lines = {line.split()[0]: line.split()[1] for line in done.out.splitlines() if line.startswith(("base ", "SFT "))}
     for method, shown in lines.items():
         assert shown == f"{table[method]['reversal']['pass_at']['1']['value']:.3f}", "the last table that names it"
+    assert "runs/report.html" in done.out
+    assert '"label":"gft"' in (tmp_path / "runs" / "report.html").read_text().replace(" ", "")
     assert "0 runs" in gft("compare", "compare.yaml", "--dry-run").out
     assert (tmp_path / "runs" / "sft" / "final").is_dir()
 

@@ -31,6 +31,8 @@ def test_demo_runs_and_prints_what_it_measured(
     assert trained > base + 0.1
     assert "gft init" in printed
     assert (tmp_path / "gft" / "final" / "tokenizer.json").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "report.html") in printed and "65+29+72=" in page
 
 
 def test_make_base_writes_the_shipped_prompts(tmp_path: Path) -> None:

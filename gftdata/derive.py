@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from gftdata import shards
@@ -31,14 +30,14 @@ from gftdata.config import (
     ShardsConfig,
     recipe_differences,
 )
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError
 from gftdata.events import Event, Listener
 from gftdata.generate import give_up, open_engine
 from gftdata.judging import open_judges
 from gftdata.models import context_length, model_revision, shareable, shown_name
 from gftdata.prepare import check_engine, quarantined, sole_writer, tokenizer_record
 from gftdata.rewards import resolve
-from gftdata.schema import groups_to_table, schema, table_to_groups
+from gftdata.schema import check_rows, groups_to_table, schema, table_to_groups
 from gftdata.shards import DATA, MANIFEST, QUARANTINE, WORK, Derivation, Index, Manifest, ModelRecord
 from gftdata.store import FolderStore
 from gftdata.summary import summarise
@@ -160,6 +159,8 @@ def finalize(job: Job) -> Manifest:
     """Gather the commit records and mark the data set final."""
     out, store = job.out, FolderStore(job.out)
     records = shards.all_records(store, len(job.shards))
+    for record in records:
+        shards.check_record(store, record, out / DATA / record.name)
     refused = {key: line for source in job.sources for key, line in source.quarantine.items()}
     refused |= {key: (out / WORK / QUARANTINE / f"{key}.json").read_text() for key in sorted(quarantined(store))}
     if refused:
@@ -192,23 +193,23 @@ def plan_rejudge(data: Path, out: Path, config: RejudgeConfig) -> Job:
     source = read_source(data)
     settings = {"reward": config.reward.model_dump(mode="json", exclude={"workers"})}
     changes = {"recipe": source.manifest.recipe | settings}
-    return _shard_by_shard("rejudge", source, out, settings, changes, partial(rejudging, config, source.logprob_dtype))
+    return _shard_by_shard("rejudge", source, out, settings, changes, partial(rejudging, config, source))
 
 
 @contextmanager
-def rejudging(config: RejudgeConfig, logprob_dtype: str, out: Path, on_event: Listener) -> Iterator[Change]:
+def rejudging(config: RejudgeConfig, source: Source, out: Path, on_event: Listener) -> Iterator[Change]:
     """Open the judges; yields what puts their verdicts into a shard's rows."""
     with open_judges(config.reward) as submit:
 
         def rejudged(table: pa.Table) -> pa.Table:
-            groups = list(decode(table))
+            groups = list(decode(table, str(source.folder)))
             futures = iter([submit(group.prompt, r.completion.text) for group in groups for r in group.responses])
             for i, group in enumerate(groups):
                 responses = tuple(replace(r, verdict=next(futures).result()) for r in group.responses)
                 groups[i] = replace(group, responses=responses)
                 for r in responses:
                     on_event(Event("judged", r.completion.source, reward=r.verdict.reward))
-            return _with_columns(table, ("rewards", "reward_status"), groups, logprob_dtype)
+            return _with_columns(table, ("rewards", "reward_status"), groups, source.logprob_dtype)
 
         yield rejudged
 
@@ -236,13 +237,13 @@ def plan_rescore(data: Path, out: Path, config: RescoreConfig) -> Job:
     engine = config.engine.model_dump(mode="json", exclude=excluded)
     settings = {"model": record.name, "revision": record.revision, "engine": shareable(engine)}
     changes = {"models": (record, *(model for model in source.manifest.models if model.role != "reference"))}
-    change = partial(rescoring, config, tokenizer, source.logprob_dtype)
+    change = partial(rescoring, config, tokenizer, source)
     return _shard_by_shard("rescore", source, out, settings, changes, change)
 
 
 @contextmanager
 def rescoring(
-    config: RescoreConfig, tokenizer: Tokenizer, logprob_dtype: str, out: Path, on_event: Listener
+    config: RescoreConfig, tokenizer: Tokenizer, source: Source, out: Path, on_event: Listener
 ) -> Iterator[Change]:
     """Start the engine; yields what puts its log-probs into a shard's rows. What it cannot score is quarantined."""
     with closing(open_engine(config.model, config.engine, tokenizer)) as engine:
@@ -250,7 +251,11 @@ def rescoring(
 
         def rescored(table: pa.Table) -> pa.Table:
             refused = quarantined(FolderStore(out))
-            groups = {i: group for i, group in enumerate(decode(table)) if group.prompt.prompt_id not in refused}
+            groups = {
+                i: group
+                for i, group in enumerate(decode(table, str(source.folder)))
+                if group.prompt.prompt_id not in refused
+            }
             answers = iter(
                 engine.score(
                     [
@@ -272,15 +277,19 @@ def rescoring(
                 scored[i] = replace(group, responses=tuple(responses))
             give_up(FolderStore(out), given_up, len(scored), on_event)
             kept = table.take(pa.array(list(scored), pa.int64()))
-            return _with_columns(kept, ("ref_logprobs", "ref_logprob_means"), list(scored.values()), logprob_dtype)
+            columns = ("ref_logprobs", "ref_logprob_means")
+            return _with_columns(kept, columns, list(scored.values()), source.logprob_dtype)
 
         yield rescored
 
 
-def decode(table: pa.Table) -> Iterator[Group]:
-    """The groups of a table, few of them as Python objects at a time."""
+def decode(table: pa.Table, where: str) -> Iterator[Group]:
+    """The groups of a table, few of them as Python objects at a time. Raises UserError for rows that cannot be."""
     for start in range(0, table.num_rows, DECODED_ROWS):
-        yield from table_to_groups(table.slice(start, DECODED_ROWS))
+        few = table.slice(start, DECODED_ROWS)
+        if problems := check_rows(few, f"{where}: from prompt {few['prompt_id'][0]} on"):
+            raise UserError(f"{problems[0]}; `gft validate` lists all that is wrong")
+        yield from table_to_groups(few)
 
 
 def _with_columns(table: pa.Table, columns: Sequence[str], groups: Sequence[Group], logprob_dtype: str) -> pa.Table:
@@ -350,15 +359,15 @@ def check_output(out: Path, sources: Sequence[Source], now: Derivation) -> None:
 
 
 def read_source(folder: Path) -> Source:
-    """A finished data set that has groups. Raises UserError for any other."""
+    """A finished, whole data set that has groups. Raises UserError for any other."""
     manifest = shards.read_manifest(folder)
     if not any(record.rows for record in manifest.shards):
         raise UserError(f"{folder}: holds no groups; name another data set")
+    for shard, record in zip(shards.shard_paths(folder, manifest), manifest.shards, strict=True):
+        shards.check_shard(shard, record)
     first, path = shards.shard_paths(folder, manifest)[0], folder / f"{QUARANTINE}.jsonl"
-    try:
-        narrow = pq.read_schema(first).field("ref_logprobs").type == schema("float16").field("ref_logprobs").type
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{first}: cannot be read: {first_line(error)}; see `gft validate`") from None
+    with shards.open_shard(first, str(first)) as file:
+        narrow = file.schema_arrow.field("ref_logprobs").type == schema("float16").field("ref_logprobs").type
     lines = path.read_text(encoding="utf-8").splitlines() if manifest.prompts_quarantined and path.is_file() else []
     try:
         given_up = {json.loads(line)["prompt_id"]: line for line in lines}
@@ -369,8 +378,6 @@ def read_source(folder: Path) -> Source:
 
 def read_table(path: Path, row_group: int, columns: Sequence[str] | None = None) -> pa.Table:
     """A row group of a shard."""
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read_row_group(row_group, columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}; see `gft validate`") from None
+    with shards.open_shard(path, str(path)) as file:
+        shards.check_unpacked_size(file, row_group, str(path))
+        return file.read_row_group(row_group, columns)

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 from gftdata.errors import UserError, first_line
 from gftdata.layouts import FORMATS, Candidate, ExportOptions, GroupRow, rows_of, trl_schema
 from gftdata.locations import DataSet, open_data
-from gftdata.schema import check_schema
-from gftdata.shards import check_writable
+from gftdata.shards import check_unpacked_size, check_writable, open_shard
 from gftdata.store import replacing
 from gftdata.tokens import NO_TEMPLATE_HASH
 from gftdata.types import EXPERT, TEACHER_PREFIX
@@ -114,18 +113,14 @@ def _wanted_sources(source: DataSet, kind: str, asked: Sequence[str]) -> frozens
 def _groups(source: DataSet, tokens: bool) -> Iterator[GroupRow]:
     number = 0
     for shard in source.shards:
-        path = shard.fetch()
-        try:
-            with pq.ParquetFile(path) as file:
-                check_schema(file.schema_arrow, shard.where)
-                for i in range(file.num_row_groups):
-                    table = file.read_row_group(i, COLUMNS + (TOKEN_COLUMNS if tokens else []))
-                    for batch in table.to_batches(max_chunksize=8):
-                        for row in batch.to_pylist():
-                            yield _group(number, row)
-                            number += 1
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{shard.where}: cannot be read: {first_line(error)}; see `gft validate`") from None
+        with open_shard(shard.fetch(), shard.where) as file:
+            for i in range(file.num_row_groups):
+                check_unpacked_size(file, i, shard.where)
+                table = file.read_row_group(i, COLUMNS + (TOKEN_COLUMNS if tokens else []))
+                for batch in table.to_batches(max_chunksize=8):
+                    for row in batch.to_pylist():
+                        yield _group(number, row)
+                        number += 1
 
 
 def _group(number: int, row: Mapping[str, Any]) -> GroupRow:

@@ -14,15 +14,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gftdata.config import GenerateConfig, recipe_differences
 from gftdata.errors import UserError
 from gftdata.groups import sample_seed
 from gftdata.models import shareable
 from gftdata.reuse import find_data
-from gftdata.schema import table_to_groups
-from gftdata.shards import DATA, MANIFEST, Manifest, ModelRecord, TokenizerRecord, read_manifest, sha256_file
+from gftdata.schema import check_rows, table_to_groups
+from gftdata.shards import (
+    DATA,
+    MANIFEST,
+    Manifest,
+    ModelRecord,
+    TokenizerRecord,
+    check_shard,
+    check_unpacked_size,
+    open_shard,
+    read_manifest,
+    sha256_file,
+)
 from gftdata.types import SELF, TEACHER_PREFIX, Prompt, Response
 
 RECIPES_DIFFER = "recipes_differ"  # in the settings of a merge: how
@@ -152,7 +162,9 @@ def open_places(data: str | None) -> Iterator[Places]:
 
 def _prompt_ids(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int, list[str]]]:
     for record in manifest.shards:
-        with pq.ParquetFile(folder / DATA / record.name) as file:
+        path = folder / DATA / record.name
+        check_shard(path, record)
+        with open_shard(path, str(path)) as file:
             for group in range(file.num_row_groups):
                 yield record.name, group, file.read_row_group(group, columns=["prompt_id"])["prompt_id"].to_pylist()
 
@@ -178,8 +190,10 @@ def carried_responses(config: GenerateConfig, items: Sequence[Item]) -> dict[Key
         return found
     extended = read_extended(config.extend)
     for row, table in _rows(extended.folder, items):
-        (group,) = table_to_groups(table)
         prompt_id = items[row].prompt.prompt_id
+        if problems := check_rows(table, f"{config.extend}: prompt {prompt_id}"):
+            raise UserError(f"{problems[0]}; `gft validate` lists all that is wrong")
+        (group,) = table_to_groups(table)
         if group.prompt.prompt_id != prompt_id:
             raise UserError(f"{config.extend}: has changed while it was being extended; name another folder (out)")
         sources = [response.completion.source for response in group.responses]
@@ -196,11 +210,10 @@ def _rows(folder: Path, items: Sequence[Item]) -> Iterator[tuple[int, pa.Table]]
         if item.earlier is not None:
             by_row_group.setdefault(item.earlier[:2], []).append((row, item.earlier.row))
     for (name, group), rows in by_row_group.items():
-        try:
-            with pq.ParquetFile(folder / DATA / name) as file:
-                table = file.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{folder / DATA / name}: cannot be read, and is being extended: {error}") from None
+        path = folder / DATA / name
+        with open_shard(path, str(path)) as file:
+            check_unpacked_size(file, group, str(path))
+            table = file.read_row_group(group)
         for row, earlier_row in rows:
             yield row, table.slice(earlier_row, 1)
 

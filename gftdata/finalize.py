@@ -6,13 +6,11 @@ Whichever task finishes last does it, or `gft finalize`; two at the same time wr
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from gftdata.errors import UserError
 from gftdata.extend import drawn_counts
 from gftdata.journal import JOURNAL
 from gftdata.models import shareable, shown_name
-from gftdata.prepare import PROMPTS, Plan, quarantined, read_plan, shard_prompts
+from gftdata.prepare import PLAN, PROMPTS, Plan, quarantined, read_plan, shard_prompts
 from gftdata.schema import SCHEMA_VERSION
 from gftdata.shards import (
     DATA,
@@ -23,8 +21,10 @@ from gftdata.shards import (
     Manifest,
     ShardRecord,
     all_records,
+    check_record,
     package_versions,
     parse_manifest,
+    prompt_ids,
     toolkit_version,
     write_manifest,
 )
@@ -53,8 +53,8 @@ def finalize(store: Store, plan: Plan | None = None) -> Manifest:
         if (manifest := read_final(store)) is not None:  # another task was faster, and has put away the prompts
             return manifest
         raise UserError(
-            f"{store.location}: was finished before, and its {MANIFEST} is gone; put that file back, or name another "
-            "folder (out)"
+            f"{store.location}: has not the prompts that {PLAN} speaks of: it was finished before, and its {MANIFEST} "
+            f"is gone, or one of the two is another output's; put back {MANIFEST}, or name another folder (out)"
         ) from None
     if refused:
         entries = [store.read(f"{WORK}/{QUARANTINE}/{prompt_id}.json").decode() for prompt_id in sorted(refused)]
@@ -93,7 +93,8 @@ def _checked(store: Store, plan: Plan, records: Sequence[ShardRecord], refused: 
     for shard, record in enumerate(records):
         planned = {item.prompt.prompt_id for item in shard_prompts(store, plan, shard)}
         with store.local(f"{DATA}/{record.name}") as path:
-            there = set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist())
+            check_record(store, record, path)
+            there = set(prompt_ids(path, f"{store.location}/{DATA}/{record.name}"))
             if there - planned or planned - there - given_up:
                 raise UserError(
                     f"{store.location}/{DATA}/{record.name}: lacks {len(planned - there - given_up)} of its prompts "

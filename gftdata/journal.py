@@ -93,7 +93,7 @@ class FileJournal:
         self._files: dict[int, int] = {}
 
     def append(self, shard: int, entry: Entry) -> None:
-        line = _line(entry)
+        line = _line(entry, shard)
         descriptor = self._open(shard)
         while line:  # a write may be cut short by a signal or a full disk
             line = line[os.write(descriptor, line) :]
@@ -138,7 +138,7 @@ class SegmentJournal:
         self._thread.start()
 
     def append(self, shard: int, entry: Entry) -> None:
-        line = _line(entry)
+        line = _line(entry, shard)
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -195,36 +195,36 @@ def read_journal(store: Store, shard: int) -> dict[tuple[str, int, int], Entry]:
             content = store.read(f"{folder}/{name}")
         except FileNotFoundError:  # its writer has published the shard in the meantime
             continue
-        for entry in _entries(content, f"{store.location}/{folder}/{name}"):
+        for entry in _entries(content, shard, f"{store.location}/{folder}/{name}"):
             entries.setdefault(entry.key, entry)
     return entries
 
 
-def _entries(content: bytes, where: str) -> Iterator[Entry]:
-    return (_decode(data) for data in checked_lines(content, where))
+def _entries(content: bytes, shard: int, where: str) -> Iterator[Entry]:
+    return (_decode(data) for data in checked_lines(content, where, shard))
 
 
-def checked_line(data: Mapping[str, Any]) -> bytes:
-    """A line of a journal: a checksum and a JSON object."""
+def checked_line(data: Mapping[str, Any], shard: int = 0) -> bytes:
+    """A line of a journal: a checksum and a JSON object. In another shard's journal it is as wrong as a damaged one."""
     payload = json.dumps(data, ensure_ascii=True).encode()
-    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+    return b"%08x %s\n" % (zlib.crc32(payload, shard), payload)
 
 
-def checked_lines(content: bytes, where: str) -> Iterator[dict[str, Any]]:
+def checked_lines(content: bytes, where: str, shard: int = 0) -> Iterator[dict[str, Any]]:
     """What `checked_line` wrote; a torn last line is passed over. Raises UserError for a damaged one."""
     for number, line in enumerate(BytesIO(content), start=1):
         if not line.endswith(b"\n"):
             return  # torn: the sample it began is drawn again
         checksum, _, payload = line[:-1].partition(b" ")
-        if checksum != b"%08x" % zlib.crc32(payload):
+        if checksum != b"%08x" % zlib.crc32(payload, shard):
             if b"\0" in line:  # on a shared file system: what another machine writes, not all of it here yet
                 return
             raise UserError(f"{where}: line {number} is damaged; delete this file to draw its samples again")
         yield json.loads(payload)
 
 
-def _line(entry: Entry) -> bytes:
-    return checked_line(_encode(entry))
+def _line(entry: Entry, shard: int) -> bytes:
+    return checked_line(_encode(entry), shard)
 
 
 def _encode(entry: Entry) -> dict[str, Any]:

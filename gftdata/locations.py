@@ -27,7 +27,6 @@ import pyarrow.parquet as pq
 
 from gftdata.errors import UserError, first_line, quoted
 from gftdata.hub import failures, not_there
-from gftdata.schema import check_schema
 from gftdata.shards import (
     BOMB,
     DATA,
@@ -38,7 +37,9 @@ from gftdata.shards import (
     Manifest,
     ShardRecord,
     ShortColumns,
+    check_shard,
     count_problems,
+    hashes_differ,
     make_index,
     parse_manifest,
     read_manifest,
@@ -48,6 +49,7 @@ from gftdata.shards import (
     shard_problems,
     verify,
 )
+from gftdata.shards import open_shard as open_parquet
 from gftdata.store import FULL, S3, fsync_folder, open_s3, open_store, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -126,7 +128,15 @@ def read_index(shards: Sequence[Shard]) -> Index:
 
 def _short_columns(shard: Shard, columns: Sequence[str] = INDEX_COLUMNS) -> ShortColumns:
     with shard.peek() as opened:
-        return read_short_columns(opened, shard.where, columns)
+        found, record = read_short_columns(opened, shard.where, columns), shard.record
+    if "num_tokens" in columns:
+        rows, tokens = found.table.num_rows, found.num_response_tokens
+        if (rows, tokens) != (record.rows, record.response_tokens):
+            raise UserError(
+                f"{shard.where}: damaged or changed: {rows} rows with {tokens} response tokens, the manifest says "
+                f"{record.rows} with {record.response_tokens}; put it there again from where the data set came from"
+            )
+    return found
 
 
 def read_tables(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -144,15 +154,8 @@ def read_tables(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.
 @contextmanager
 def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
     """A shard's file, to read some of its row groups; a remote one by ranges. Raises UserError."""
-    with shard.peek() as opened:
-        try:
-            with pq.ParquetFile(opened, pre_buffer=not isinstance(opened, Path)) as file:
-                check_schema(file.schema_arrow, shard.where)
-                yield file
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(opened, Path):
-                raise  # whoever opened it knows what that means
-            raise UserError(f"{shard.where}: cannot be read: {first_line(error)}; see `gft validate`") from None
+    with shard.peek() as opened, open_parquet(opened, shard.where) as file:
+        yield file
 
 
 def too_large(file: pq.ParquetFile, row_group: int) -> str:
@@ -176,22 +179,14 @@ def checked_shards(shards: Sequence[Shard]) -> Callable[[int], Path]:
 def _differs(path: Path, record: ShardRecord) -> str:
     """How the content differs from the manifest; empty where it does not."""
     found = sha256_file(path)
-    return "" if found == record.sha256 else f"sha256 {found[:12]}..., the manifest says {record.sha256[:12]}..."
+    return "" if found == record.sha256 else hashes_differ(found, record)
 
 
 def _open_folder(folder: Path) -> DataSet:
     manifest = read_manifest(folder)
 
     def fetch(path: Path, record: ShardRecord) -> Path:
-        try:
-            difference = _differs(path, record)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-        if difference:
-            raise UserError(
-                f"{path}: damaged or changed: {difference}; copy it again from where the data set came from (from the "
-                f"Hub: hf download --repo-type dataset --force-download REPO data/{record.name} --local-dir {folder})"
-            )
+        check_shard(path, record)
         return path
 
     def peek(path: Path) -> AbstractContextManager[Path]:

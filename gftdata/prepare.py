@@ -9,10 +9,10 @@ import json
 import math
 import shutil
 import uuid
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to
 from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
 from gftdata.reuse import find_data, template_of
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
+from gftdata.sealed import read_sealed, sealed
 from gftdata.shards import (
     DATA,
     MANIFEST,
@@ -61,6 +62,7 @@ ENDPOINT = "endpoint"  # the revision of a model that only an endpoint knows
 LOCK = "lock"
 PLAN = f"{WORK}/plan.json"
 PROMPTS = f"{WORK}/prompts"
+BEGIN_ANEW = "restore this file, or name another folder (out)"
 SGLANG_MARGIN = 7  # tokens of its context that SGLang does not give to prompt and response
 
 
@@ -232,7 +234,8 @@ def check_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) -> 
 def read_plan(store: Store) -> Plan | None:
     """The plan of an output that was created before."""
     try:
-        return Plan.model_validate_json(store.read(PLAN))
+        data = read_sealed(store.read(PLAN), f"{store.location}/{PLAN}", "the plan of an output")
+        return Plan.model_validate_json(json.dumps(data))
     except FileNotFoundError:
         return None
     except ValidationError:
@@ -315,8 +318,9 @@ def create_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) ->
     num_shards = samples = 0
     with closing(survey.prompts()) as prompts:
         while batch := list(islice(prompts, config.shards.groups_per_shard)):
-            lines = "".join(f"{_to_line(item)}\n" for item in batch)
-            store.write(f"{PROMPTS}/{folder}/{num_shards:05d}.jsonl", lines.encode())
+            name = f"{folder}/{num_shards:05d}.jsonl"
+            lines = "".join(f"{_to_line(item, name)}\n" for item in batch)
+            store.write(f"{PROMPTS}/{name}", lines.encode())
             carried = sum(k < drawn.get(source, 0) for source, _, k in carried_keys(config, batch))
             samples += len(batch) * sum(drawn.values()) - carried
             num_shards += 1
@@ -331,7 +335,7 @@ def create_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) ->
         prompts_in=folder,
         derived=_derivations(config, survey),
     )
-    content = plan.model_dump_json(indent=2).encode()
+    content = json.dumps(sealed(plan.model_dump(mode="json")), indent=2).encode()
     if not store.create(PLAN, content):
         store.remove(f"{PROMPTS}/{folder}")
         check_output(config, store, tokenizer)
@@ -378,12 +382,18 @@ def model_records(config: GenerateConfig) -> tuple[ModelRecord, ...]:
     )
 
 
-def _to_line(item: ShardPrompt) -> str:
-    return f"{item.prompt_ids.tolist()}\t{json.dumps(item.earlier)}\t{prompt_to_json(item.prompt)}"
+def _to_line(item: ShardPrompt, name: str) -> str:
+    line = f"{item.prompt_ids.tolist()}\t{json.dumps(item.earlier)}\t{prompt_to_json(item.prompt)}"
+    return f"{_checksum(line.encode(), name):08x}\t{line}"
+
+
+def _checksum(line: bytes, name: str) -> int:
+    """Of a line in the file of this name: in another's place it is as wrong as a damaged one."""
+    return zlib.crc32(line, zlib.crc32(name.encode()))
 
 
 def _from_line(line: str) -> ShardPrompt:
-    ids, place, prompt = line.split("\t", 2)
+    ids, place, prompt = line.split("\t", 3)[1:]
     earlier = None if (found := json.loads(place)) is None else Place(*found)
     return ShardPrompt(prompt_from_json(prompt), np.asarray(json.loads(ids), dtype=np.int32), earlier)
 
@@ -514,8 +524,17 @@ class Survey:
 
 def shard_prompts(store: Store, plan: Plan, shard: int) -> list[ShardPrompt]:
     """The prompts of a shard, as they were when the output was created."""
-    content = store.read(f"{PROMPTS}/{plan.prompts_in}/{shard:05d}.jsonl")
-    return [_from_line(line.decode()) for line in BytesIO(content)]
+    name = f"{plan.prompts_in}/{shard:05d}.jsonl"
+    where = f"{store.location}/{PROMPTS}/{name}"
+    lines = store.read(f"{PROMPTS}/{name}").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        checksum, _, rest = line.partition(b"\t")
+        if not line.endswith(b"\n") or checksum != b"%08x" % _checksum(rest[:-1], name):
+            raise UserError(f"{where}: line {number} is damaged; {BEGIN_ANEW}")
+    if len(lines) != rows_of_shard(plan, shard):
+        expected = rows_of_shard(plan, shard)
+        raise UserError(f"{where}: {len(lines)} prompts, expected {expected}; {BEGIN_ANEW}")
+    return [_from_line(line.decode()) for line in lines]
 
 
 def rows_of_shard(plan: Plan, shard: int) -> int:

@@ -9,12 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from gftdata.errors import UserError, first_line
-from gftdata.schema import check_schema
-from gftdata.shards import DATA, MANIFEST, Manifest, read_manifest
+from gftdata.shards import (
+    DATA,
+    MANIFEST,
+    Manifest,
+    ShardRecord,
+    check_shard,
+    check_unpacked_size,
+    open_shard,
+    read_manifest,
+)
 from gftdata.types import GivenText, Message, Prompt
 
 COLUMNS = (
@@ -66,7 +71,7 @@ def reused_prompts(name: str, given: Mapping[str, tuple[str, int]]) -> Iterator[
         if origin not in there:
             raise UserError(f"{name}: holds no responses of `{origin}` (for {source}); it has: {', '.join(there)}")
     for record in manifest.shards:
-        for row in _rows(folder / DATA / record.name):
+        for row in _rows(folder / DATA / record.name, record):
             yield _to_prompt(row, given, template)
 
 
@@ -77,16 +82,29 @@ def template_of(manifest: Manifest) -> str | None:
     return template if template is not None or not reused else reused[-1]
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            check_schema(file.schema_arrow, str(path))
-            for group in range(file.num_row_groups):
-                yield from file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read: {first_line(error)}; `gft validate` lists all that is wrong"
-        ) from None
+def _rows(path: Path, record: ShardRecord) -> Iterator[dict[str, Any]]:
+    check_shard(path, record)
+    with open_shard(path, str(path)) as file:
+        for group in range(file.num_row_groups):
+            check_unpacked_size(file, group, str(path))
+            table = file.read_row_group(group, columns=list(COLUMNS))
+            for number, row in enumerate(table.to_pylist()):
+                if not _is_sound(row):
+                    raise UserError(
+                        f"{path}: row {number} of row group {group} contradicts itself; `gft validate` lists all that "
+                        "is wrong"
+                    )
+                yield row
+
+
+def _is_sound(row: Mapping[str, Any]) -> bool:
+    lists = [row[name] for name in ("responses", "sources", "finish_reasons", "models")]
+    messages = row["prompt"]
+    return (
+        all(column is not None and None not in column and len(column) == len(lists[0]) for column in lists)
+        and bool(messages)
+        and all(m is not None and None not in m.values() for m in messages)
+    )
 
 
 def _to_prompt(row: Mapping[str, Any], given: Mapping[str, tuple[str, int]], template: str | None) -> Prompt:

@@ -5,6 +5,7 @@ each speaks of response k.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -197,6 +198,7 @@ def parquet_options(logprob_dtype: str) -> dict[str, Any]:
         "use_dictionary": [n if n == "data_source" else f"{n}.list.element" for n in DICTIONARY_COLUMNS],
         "use_byte_stream_split": split or False,
         "write_page_index": True,
+        "write_page_checksum": True,  # planning reads a few columns long before the whole file is hashed
         "use_content_defined_chunking": True,
     }
 
@@ -215,15 +217,31 @@ def check_rows(table: pa.Table, where: str) -> list[str]:
             continue
         if row["num_prompt_tokens"] != len(row["prompt_ids"] or ()) or not row["prompt_ids"]:
             complain(i, "num_prompt_tokens is not the length of prompt_ids")
-        for k, response_ids in enumerate(row["response_ids"]):
-            ids = response_ids or []
-            logprobs = np.asarray(row["ref_logprobs"][k] or [], dtype=np.float32)
-            if not len(ids) == row["num_tokens"][k] == len(logprobs) or not ids:
-                complain(i, f"response {k}: num_tokens, response_ids and ref_logprobs differ in length, or are empty")
-            elif None in ids or min(ids) < 0:
-                complain(i, f"response {k}: negative or null token id")
-            elif not np.isfinite(logprobs).all() or (logprobs > 0).any():
-                complain(i, f"response {k}: a reference log-prob is positive or not finite")
-            if (row["rewards"][k] is None) == (row["reward_status"][k] == "ok"):
-                complain(i, f"response {k}: reward {row['rewards'][k]} with status {row['reward_status'][k]}")
+        elif None in row["prompt_ids"] or min(row["prompt_ids"]) < 0:
+            complain(i, "a negative or null prompt token id")
+        if not row["prompt_id"] or not row["prompt"] or not all(m and None not in m.values() for m in row["prompt"]):
+            complain(i, "no prompt_id, or a prompt without messages, or a message without role or content")
+        for k in range(len(row["responses"])):
+            for what in _response_problems(row, k):
+                complain(i, f"response {k}: {what}")
     return problems
+
+
+def _response_problems(row: dict[str, Any], k: int) -> Iterator[str]:
+    ids, behavior = row["response_ids"][k] or [], row["behavior_logprobs"][k]
+    logprobs = np.asarray(row["ref_logprobs"][k] or [], dtype=np.float32)
+    if not len(ids) == row["num_tokens"][k] == len(logprobs) or not ids:
+        yield "num_tokens, response_ids and ref_logprobs differ in length, or are empty"
+    elif None in ids or min(ids) < 0:
+        yield "negative or null token id"
+    elif not np.isfinite(logprobs).all() or (logprobs > 0).any():
+        yield "a reference log-prob is positive or not finite"
+    elif behavior is not None and (len(behavior) != len(ids) or not np.isfinite(np.array(behavior, np.float32)).all()):
+        yield "behavior_logprobs are not finite, or not one for each token"
+    reward, status = row["rewards"][k], row["reward_status"][k]
+    judged = status == "ok" and reward is not None and math.isfinite(reward)
+    if not judged and (reward is not None or status in (None, "ok")):
+        yield f"reward {reward} with status {str(status)[:40]}"
+    for name in ("responses", "sources", "finish_reasons", "models"):
+        if row[name][k] is None:
+            yield f"{name} is null"

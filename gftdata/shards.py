@@ -14,6 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gftdata.errors import UserError, first_line
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
+from gftdata.sealed import read_sealed, sealed
 from gftdata.store import FolderStore, Store
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
@@ -158,6 +160,11 @@ class Manifest(BaseModel):
 
 
 FORMAT = "gft-groups"
+MIN_VALUES_READ, VALUES_PER_BYTE = 2**20, 16  # of a short column: what is read whatever the file's size, and beyond
+MAX_TOKENS = 2**27  # of a prompt or response: more is a damaged number
+# what damaged or hostile files make pyarrow raise: besides its own errors, of texts that are no UTF-8, of names that
+# are no columns, and of sizes that no array has
+PARQUET_FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.parquet")  # what a file in data/ may be called
 
 
@@ -200,22 +207,129 @@ def shard_record(store: Store, shard: int, num_shards: int) -> ShardRecord | Non
     name = shard_name(shard, num_shards)
     if not store.exists(f"{DATA}/{name}"):
         return None
-    record_name = f"{WORK}/records/{name}.json"
+    record_name = record_of(name)
     if store.exists(record_name):
-        return ShardRecord.model_validate_json(store.read(record_name))
+        return _read_record(store, name)
     with store.local(f"{DATA}/{name}") as path:
-        with pq.ParquetFile(path) as file:
-            num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
-            rows = file.metadata.num_rows
-        record = ShardRecord(
-            name=name,
-            sha256=sha256_file(path),
-            rows=rows,
-            response_tokens=int(num_tokens.sum()),
-            bytes=path.stat().st_size,
-        )
+        record = make_record(path, name, f"{store.location}/{DATA}/{name}")
     store.write(record_name, record.model_dump_json(indent=2).encode())
     return record
+
+
+def record_of(name: str) -> str:
+    """Where the commit record of a shard is."""
+    return f"{WORK}/records/{name}.json"
+
+
+def _read_record(store: Store, name: str) -> ShardRecord:
+    where = f"{store.location}/{record_of(name)}"
+    try:
+        record = ShardRecord.model_validate_json(store.read(record_of(name)))
+        said = "" if record.name == name else f"it is of {record.name[:80]!r}"
+    except ValidationError as error:
+        said = _first_mistake(error)
+    if said:
+        raise UserError(f"{where}: damaged: {said}; delete it, and it is made again from the shard")
+    return record
+
+
+def make_record(path: Path, name: str, where: str) -> ShardRecord:
+    """What the record of this file has to say; `where` is for errors. Raises UserError where it cannot be read."""
+    with open_shard(path, where) as file:
+        num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
+        return ShardRecord(
+            name=name,
+            sha256=sha256_file(path),
+            rows=file.metadata.num_rows,
+            response_tokens=int(num_tokens.sum(dtype=np.int64)),
+            bytes=path.stat().st_size,
+        )
+
+
+def check_record(store: Store, record: ShardRecord, path: Path) -> None:
+    """Raise UserError unless the commit record of a shard is true of its file, which is at `path`."""
+    where = f"{store.location}/{DATA}/{record.name}"
+    if make_record(path, record.name, where) != record:
+        raise UserError(
+            f"{where}: is not what its record {record_of(record.name)} says: one of the two is damaged; delete both, "
+            "then give the command that made them again"
+        )
+
+
+def prompt_ids(path: Path, where: str) -> list[str]:
+    """Of all rows of a shard, in order. Raises UserError."""
+    with open_shard(path, where) as file:
+        found: list[str] = file.read(columns=["prompt_id"])["prompt_id"].to_pylist()
+        return found
+
+
+@contextmanager
+def open_shard(source: Path | BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
+    """A shard, its schema checked; its pages are compared with their checksums as they are read.
+
+    Raises UserError, which names the file as `where`, also for what is read of it inside the block; of an open file,
+    its OSError: whoever opened it knows what that means.
+    """
+    try:
+        with pq.ParquetFile(source, pre_buffer=not isinstance(source, Path), page_checksum_verification=True) as file:
+            check_schema(file.schema_arrow, where)
+            _check_amounts(file.metadata, _num_bytes(source), where)
+            yield file
+    except FileNotFoundError:
+        if not isinstance(source, Path):
+            raise
+        raise UserError(f"{where}: this shard is missing; `gft validate` lists all that is wrong") from None
+    except PARQUET_FAILURES as error:
+        arrows_own = not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+        if not isinstance(source, Path) and not arrows_own:
+            raise
+        raise UserError(
+            f"{where}: cannot be read: {first_line(error)[:200]}; it is damaged, `gft validate` lists all that is wrong"
+        ) from None
+
+
+def _num_bytes(source: Path | BinaryIO) -> int:
+    return source.stat().st_size if isinstance(source, Path) else source.seek(0, os.SEEK_END)
+
+
+def _check_amounts(metadata: pq.FileMetaData, num_bytes: int, where: str) -> None:
+    """Refuse a footer that promises more rows or responses than a file of this size can hold."""
+    if metadata.num_rows > num_bytes:
+        raise UserError(f"{where}: promises {metadata.num_rows:,} rows in {num_bytes:,} bytes, and was not read")
+    most = max(MIN_VALUES_READ, VALUES_PER_BYTE * num_bytes)
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(metadata.num_columns):
+            column = row_group.column(number)
+            if column.path_in_schema.partition(".")[0] in INDEX_COLUMNS and column.num_values > most:
+                raise UserError(
+                    f"{where}: row group {group} promises {column.num_values:,} values of {column.path_in_schema} in "
+                    f"{num_bytes:,} bytes, and was not read"
+                )
+
+
+def check_unpacked_size(file: pq.ParquetFile, row_group: int, where: str) -> None:
+    """Raise UserError for a row group that would fill the memory."""
+    if (size := file.metadata.row_group(row_group).total_byte_size) > BOMB * MAX_ROW_GROUP_BYTES:
+        raise UserError(f"{where}: row group {row_group} unpacks to {size:,} bytes, and was not read")
+
+
+def check_shard(path: Path, record: ShardRecord) -> None:
+    """Raise UserError unless the content of a local shard is what its record says."""
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    if found != record.sha256:
+        raise UserError(
+            f"{path}: damaged or changed: {hashes_differ(found, record)}; copy it again from where the data set came "
+            f"from (from the Hub: hf download --repo-type dataset --force-download REPO data/{record.name} --local-dir "
+            f"{path.parent.parent})"
+        )
+
+
+def hashes_differ(found: str, record: ShardRecord) -> str:
+    return f"sha256 {found[:12]}..., the manifest says {record.sha256[:12]}..."
 
 
 def all_records(store: Store, num_shards: int) -> tuple[ShardRecord, ...]:
@@ -246,7 +360,7 @@ def sha256_file(path: Path) -> str:
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Mark the data set final."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
     store.write(MANIFEST, text.encode())
 
 
@@ -272,18 +386,14 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     """The manifest that these bytes are, from wherever they come; `where` is for errors. Raises UserError."""
     if len(content) > MAX_MANIFEST_BYTES:
         raise UserError(f"{where}: not a manifest: {len(content):,} bytes, expected at most {MAX_MANIFEST_BYTES:,}")
+    data = read_sealed(content, where, "a manifest")
+    if data.get("format") != FORMAT or data.get("schema_version") != SCHEMA_VERSION:
+        found = (str(data.get(key))[:40] for key in ("format", "schema_version"))
+        raise UserError(f"{where}: expected format {FORMAT} version {SCHEMA_VERSION}, found {' version '.join(found)}")
     try:
-        data = json.loads(content)
-        if data.get("format") != FORMAT or data.get("schema_version") != SCHEMA_VERSION:
-            found = (str(data.get(key))[:40] for key in ("format", "schema_version"))
-            raise UserError(
-                f"{where}: expected format {FORMAT} version {SCHEMA_VERSION}, found {' version '.join(found)}"
-            )
-        manifest = Manifest.model_validate_json(content, strict=True)
+        manifest = Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: not a manifest: {_first_mistake(error)}") from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: not a manifest: {first_line(error)[:200]}") from None
     seen: set[str] = set()
     for record in manifest.shards:
         if Path(record.name).name != record.name or not SHARD.fullmatch(record.name):
@@ -341,13 +451,14 @@ def count_problems(manifest: Manifest, where: str) -> Iterator[str]:
 def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where: str) -> Iterator[str]:
     """What is wrong with the content of a shard; `seen` (prompt id -> shard) is added to; `where` is for people."""
     try:
-        with pq.ParquetFile(path) as file:
-            check_schema(file.schema_arrow, where)
+        with open_shard(path, where) as file:
             if file.metadata.num_rows != record.rows:
                 yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
             for group in range(file.num_row_groups):
-                if (size := file.metadata.row_group(group).total_byte_size) > BOMB * MAX_ROW_GROUP_BYTES:
-                    yield f"{where}: row group {group} unpacks to {size:,} bytes, and was not read"
+                try:
+                    check_unpacked_size(file, group, where)
+                except UserError as error:
+                    yield str(error)
                     continue
                 table = file.read_row_group(group)
                 yield from check_rows(table, f"{where}: row group {group}")
@@ -355,8 +466,8 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
                     if prompt_id in seen:
                         yield f"{where}: prompt {prompt_id} is also in {seen[prompt_id]}"
                     seen[prompt_id] = record.name
-    except (UserError, pa.ArrowException, OSError) as error:
-        yield f"{where}: {str(error).removeprefix(f'{where}: ')}"
+    except UserError as error:
+        yield str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +495,8 @@ class Index:
         return f"row {row} of row group {row_group} in {self.paths[self.path_of_group[group]].name}"
 
 
-INDEX_COLUMNS = ["rewards", "sources", "num_tokens", "num_prompt_tokens"]
+PLANNED_LISTS = ["rewards", "sources", "num_tokens"]
+INDEX_COLUMNS = [*PLANNED_LISTS, "num_prompt_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,23 +506,48 @@ class ShortColumns:
     table: pa.Table
     rows: tuple[int, ...]  # of each row group
 
+    @property
+    def num_response_tokens(self) -> int:
+        """Of all responses together."""
+        return int(_flat(self.table, "num_tokens").to_numpy().sum(dtype=np.int64))
+
 
 def read_short_columns(source: Path | BinaryIO, where: str, columns: Sequence[str] = INDEX_COLUMNS) -> ShortColumns:
     """Read some columns of a file, or of an open one by its ranges; `where` is for errors.
 
     Raises UserError, and what reading an open one raises.
     """
-    if isinstance(source, Path) and not source.is_file():
-        raise UserError(f"{where}: this shard is missing; `gft validate` lists all that is wrong")
-    try:
-        with pq.ParquetFile(source, pre_buffer=not isinstance(source, Path)) as file:
-            check_schema(file.schema_arrow, where)
-            rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-            return ShortColumns(file.read(columns=list(columns)).combine_chunks(), rows)
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(source, Path):
-            raise  # whoever opened it knows what that means
-        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+    with open_shard(source, where) as file:
+        rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        table = file.read(columns=list(columns)).combine_chunks()
+        if table.num_rows != sum(rows):
+            raise UserError(f"{where}: damaged: {table.num_rows} rows, its row groups are said to hold {sum(rows)}")
+        if set(INDEX_COLUMNS) <= set(columns):
+            check_short_columns(table, where)
+        return ShortColumns(table, rows)
+
+
+def check_short_columns(table: pa.Table, where: str) -> None:
+    """Raise UserError for rows that contradict themselves in what planning reads: the first of them is named."""
+    lists = [pc.list_value_length(table[name]).fill_null(-1).to_numpy() for name in PLANNED_LISTS]
+    bad_G = (lists[0] < 0) | (lists[0] != lists[1]) | (lists[0] != lists[2])
+    if bad_G.any():
+        row = int(bad_G.argmax())
+        found = ", ".join(f"{name} {sizes[row]}" for name, sizes in zip(PLANNED_LISTS, lists, strict=True))
+        raise UserError(f"{where}: row {row}: lists of different lengths, or none (-1): {found}")
+    rewards_R, tokens_R = _flat(table, "rewards"), _flat(table, "num_tokens").fill_null(0).to_numpy(False)
+    group_R = np.repeat(np.arange(table.num_rows), lists[0])
+    prompt_G = table["num_prompt_tokens"].fill_null(0).to_numpy()
+    complaints = {
+        "a reward is not a finite number": ~np.isfinite(rewards_R.fill_null(0.0).to_numpy(False)),
+        "a response without a source": _flat(table, "sources").is_null().to_numpy(False),
+        f"num_tokens is not a number from 1 to {MAX_TOKENS:,}": (tokens_R < 1) | (tokens_R > MAX_TOKENS),
+    }
+    for complaint, bad_R in complaints.items():
+        if bad_R.any():
+            raise UserError(f"{where}: row {group_R[bad_R.argmax()]}: {complaint}")
+    if len(bad := np.flatnonzero((prompt_G < 1) | (prompt_G > MAX_TOKENS))):
+        raise UserError(f"{where}: row {bad[0]}: num_prompt_tokens is not a number from 1 to {MAX_TOKENS:,}")
 
 
 def read_index(paths: Sequence[Path]) -> Index:

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gftdata.errors import UserError, first_line
+from gftdata.sealed import read_sealed, sealed
+from gftdata.shards import sha256_file
 from gftdata.store import fsync_folder
 from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
@@ -70,7 +72,7 @@ def save(
     Frozen parameters are left out. `extra_tensors` are this rank's own. Where the checkpoint of this position is there
     already, nothing is written. Raises UserError, on all ranks, when the folder cannot be written.
     """
-    target = out / FOLDER / f"step-{position.step:08d}"
+    target = out / FOLDER / _name(position.step)
     staged = target.with_name(f".{target.name}")
     with together(world):
         is_there = world.rank == 0 and target in _complete(target.parent) and read_position(target) == position
@@ -88,14 +90,14 @@ def save(
         paths = [own, *(staged / SHARDS).glob(f"shard-{world.rank + 1:05d}-*")]
         for path in paths:  # each rank its own: what another machine holds, it alone can bring to the disk
             _fsync(path)
-        sizes = {str(path.relative_to(staged)): path.stat().st_size for path in paths}
+        files = {str(path.relative_to(staged)): _file_record(path) for path in paths}
     state = {
         "step": position.step,
         "schedule_hash": position.schedule_hash,
         "world_size": world.size,
         "scheduler": scheduler.state_dict(),
         "tensors": {name: _kind(tensor) for name, tensor in tensors.items()},
-        "files": {name: size for part in gather_json(world, sizes) for name, size in part.items()},
+        "files": {name: record for part in gather_json(world, files) for name, record in part.items()},
     }
     first_does(world, lambda: _publish(staged, target, state, keep))
     return target
@@ -112,10 +114,14 @@ def restore(
     """
     with together(world):
         state = _read_state(checkpoint)
-        for name, size in state["files"].items():
+        for name, (size, _) in state["files"].items():
             found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else 0
             if found != size:
                 raise UserError(f"{checkpoint / name}: damaged: expected {size} bytes, found {found}; {NEXT}")
+        for name in sorted(state["files"])[world.rank :: world.size]:  # the ranks share the reading
+            with _blaming(f"{checkpoint / name}: cannot be read; {NEXT}"):
+                if _file_record(checkpoint / name) != state["files"][name]:
+                    raise UserError(f"{checkpoint / name}: damaged: its content is not what was saved; {NEXT}")
         tensors = _model_tensors(model)
         _check_fits(checkpoint, state["tensors"], tensors)
         _make_optimizer_state(model, optimizer, state["tensors"])
@@ -240,14 +246,24 @@ def _complete(folder: Path) -> list[Path]:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     keys = {"step", "schedule_hash", "world_size", "scheduler", "tensors", "files"}
+    where = checkpoint / STATE
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
-        missing = keys - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{checkpoint / STATE}: cannot be read: {first_line(error)}; {NEXT}") from None
-    if missing:
-        raise UserError(f"{checkpoint / STATE}: has no {', '.join(sorted(missing))}; {NEXT}")
-    return dict(state)
+        state = read_sealed(where.read_bytes(), str(where), "the state of a checkpoint")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {first_line(error)}; {NEXT}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {NEXT}") from None
+    if missing := keys - state.keys():
+        raise UserError(f"{where}: has no {', '.join(sorted(missing))}; {NEXT}")
+    if checkpoint.name.removeprefix(".") != _name(state["step"]):
+        raise UserError(f"{where}: is the state after step {state['step']}, in the wrong folder; {NEXT}")
+    if not all(isinstance(record, list) and len(record) == 2 for record in state["files"].values()):
+        raise UserError(f"{where}: was saved by an earlier gft, without checksums; {NEXT}")
+    return state
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _make_room(staged: Path) -> None:
@@ -262,7 +278,7 @@ def _publish(staged: Path, target: Path, state: Mapping[str, Any], keep: int) ->
         if not (staged / name).is_file():
             raise UserError(f"{staged / name}: not seen from rank 0: `out` must be in a folder that all machines share")
     with _blaming(f"{target}: cannot be written, and the checkpoint before it is whole"):
-        (staged / STATE).write_text(json.dumps(state))
+        (staged / STATE).write_text(json.dumps(sealed(state)))
         _fsync(staged / STATE)
         fsync_folder(staged / SHARDS)
         fsync_folder(staged)
@@ -274,6 +290,11 @@ def _publish(staged: Path, target: Path, state: Mapping[str, Any], keep: int) ->
         for old in set(target.parent.glob("step-*")).difference(kept):
             # renamed first: one that is deleted in part must not look complete
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+
+
+def _file_record(path: Path) -> list[int | str]:
+    """Bytes and sha256; safetensors itself has no checksum."""
+    return [path.stat().st_size, sha256_file(path)]
 
 
 def _fsync(path: Path) -> None:

@@ -11,7 +11,6 @@ Shapes: N tokens of a micro-batch, S sources, W bins of weights.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gftdata.errors import UserError
 from gftdata.shards import Index
+from gftdata.store import replacing
 from gftdata.types import SELF
 from gfttrain.config import ObjectiveConfig
 from gfttrain.objective import is_clipped, is_rectified, rectified_coefficient
@@ -137,21 +138,24 @@ def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def cut_back(path: Path, steps: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
+    """Drop the lines of steps that a resumed run will do again, and a torn last line.
+
+    Raises UserError for any other damaged one.
+    """
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= steps]
-    staged = path.with_suffix(".staged")
-    with staged.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    with replacing(path) as file:
+        file.writelines(line for number, line in enumerate(lines, 1) if _step_of(line, path, number) <= steps)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes, path: Path, number: int) -> int:
     try:
-        data: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:  # a torn last line
-        return math.inf
-    return float(data["step"])
+        step = json.loads(line)["step"]
+        if isinstance(step, int):
+            return step
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path}: line {number} is damaged: expected the metrics of a step; remove that line")

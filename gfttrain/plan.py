@@ -239,6 +239,13 @@ def shuffled_groups(index: Index, window: int, rng: np.random.Generator) -> Ints
     return np.lexsort((rng.random(index.num_groups), window_G)).astype(np.int64)
 
 
+def unscheduled_shards(index: Index, selection: Selection, steps: Sequence[Step]) -> tuple[int, ...]:
+    """Shards with groups that are left out, and none in a step."""
+    left_out = index.path_of_group[~(selection.kept_G & selection.judged_G)]
+    taken = [np.unique(index.path_of_group[step.groups]) for step in steps]
+    return tuple(np.setdiff1d(left_out, np.concatenate(taken) if taken else []).tolist())
+
+
 def schedule_hash(index: Index, selection: Selection, steps: Sequence[Step], shard_hashes: Sequence[str]) -> str:
     """sha256 over what every step trains on: the shards' content, groups, advantages, N."""
     digest = hashlib.sha256("\n".join(shard_hashes).encode())

@@ -36,6 +36,7 @@ from gfttrain.plan import (
     pass_rate,
     schedule_hash,
     select,
+    unscheduled_shards,
 )
 from gfttrain.runs import FINAL, RUN
 
@@ -50,6 +51,7 @@ class Prepared:
     index: Index
     selection: Selection
     steps: tuple[Step, ...]
+    unscheduled_shards: tuple[int, ...]  # of which no group is in a step, and some are left out
     schedule_hash: str
     cost: Cost
     num_parameters: int
@@ -103,6 +105,7 @@ def prepare(config: TrainConfig) -> Prepared:
         index=index,
         selection=selection,
         steps=steps,
+        unscheduled_shards=unscheduled_shards(index, selection, steps),
         schedule_hash=digest,
         cost=training_cost(outlined),
         num_parameters=parameter_counts(outlined)[0],

@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from gftdata.errors import UserError, first_line
-from gftdata.shards import Index
+from gftdata.errors import UserError
+from gftdata.shards import Index, check_unpacked_size, make_index, open_shard, read_short_columns
 from gftdata.tokens import next_token_inputs
 from gftdata.types import LogProbs, TokenIds
 from gfttrain.attention import Segments, make_segments, moved
@@ -180,17 +179,43 @@ class RowGroup:
 class ShardReader:
     """Gives the examples of planned pieces; holds the row groups of the last two shuffle windows.
 
-    `locate` turns a shard's number into a local file that is what the manifest says (`gftdata.locations`).
+    `locate` turns a shard's number into a local file that is what the manifest says (`gftdata.locations`). The plan was
+    made before that was known: when a shard is first touched, what was planned from is compared with that file.
     """
 
     def __init__(
-        self, index: Index, selection: Selection, shuffle_row_groups: int, locate: Callable[[int], Path]
+        self,
+        index: Index,
+        selection: Selection,
+        shuffle_row_groups: int,
+        locate: Callable[[int], Path],
+        vocab_size: int | None = None,
     ) -> None:
         self._index = index
         self._selection = selection
         self._locate = locate
+        self._vocab_size = vocab_size
         self._capacity = 2 * shuffle_row_groups
         self._held: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
+        self._files: dict[int, Path] = {}  # shards that have been touched
+        self._first_of_shard = np.searchsorted(index.path_of_group, np.arange(len(index.paths) + 1))
+
+    def check(self, shards: Iterable[int]) -> None:
+        """Compare these shards with the manifest and the plan. Raises UserError, once for each damaged one it meets."""
+        for number in shards:
+            self._file(number)
+
+    def shards_of(self, groups: npt.NDArray[np.int64]) -> list[int]:
+        """The shards that groups are in."""
+        found: list[int] = np.unique(self._index.path_of_group[groups]).tolist()
+        return found
+
+    def _file(self, number: int) -> Path:
+        if number not in self._files:
+            path = self._locate(number)
+            _check_planned(self._index, number, slice(*self._first_of_shard[number : number + 2].tolist()), path)
+            self._files[number] = path
+        return self._files[number]
 
     def examples(self, pack: Pack) -> list[Example]:
         """The examples of one micro-batch, in its order."""
@@ -217,29 +242,82 @@ class ShardReader:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        self._held[key] = read_row_group(self._locate(path), number)
+        file = self._file(path)
+        found = read_row_group(file, number, self._vocab_size)
+        self._check_lengths(file, path, number, found)
+        self._held[key] = found
         if len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return self._held[key]
 
+    def _check_lengths(self, file: Path, path: int, number: int, found: RowGroup) -> None:
+        """Raise UserError where the long columns are not as long as the short ones say."""
+        index, of_shard = self._index, slice(*self._first_of_shard[path : path + 2].tolist())
+        first, last = of_shard.start + np.searchsorted(index.row_group_of_group[of_shard], [number, number + 1])
+        offsets = index.offsets[first : last + 1]
+        pairs = (
+            ("prompt_ids", found.prompt_offsets, index.num_prompt_tokens[first:last]),
+            ("responses", found.first_response, np.diff(offsets)),
+            ("response_ids", found.response_offsets, index.num_tokens[offsets[0] : offsets[-1]]),
+        )
+        for what, found_offsets, expected in pairs:
+            if not np.array_equal(np.diff(found_offsets), expected):
+                raise UserError(f"{file}: row group {number}: {what} are not as many as num_tokens says")
 
-def read_row_group(path: Path, number: int) -> RowGroup:
-    """Decode the long columns of one row group."""
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read_row_group(number, columns=LONG_COLUMNS)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: row group {number} cannot be read: {first_line(error)}") from None
+
+def _check_planned(index: Index, number: int, groups: slice, path: Path) -> None:
+    """Raise UserError where what was planned from is not what the shard, now known to be whole, holds."""
+    found = make_index([path], [read_short_columns(path, str(path))])
+    offsets = index.offsets[groups.start : groups.stop + 1]
+    responses = slice(int(offsets[0]), int(offsets[-1]))
+    codes = np.array([index.source_names.index(s) if s in index.source_names else -1 for s in found.source_names])
+    same = (
+        np.array_equal(index.row_group_of_group[groups], found.row_group_of_group)
+        and np.array_equal(offsets - offsets[0], found.offsets)
+        and np.array_equal(index.num_prompt_tokens[groups], found.num_prompt_tokens)
+        and np.array_equal(index.num_tokens[responses], found.num_tokens)
+        and np.array_equal(index.rewards[responses], found.rewards, equal_nan=True)
+        and np.array_equal(index.source_codes[responses], codes[found.source_codes] if len(codes) else [])
+    )
+    if not same:
+        raise UserError(
+            f"{path}: rewards, sources or lengths are not those that the run was planned from: what was read then was "
+            "damaged on its way, or the file has changed since; give the same command again"
+        )
+
+
+def read_row_group(path: Path, number: int, vocab_size: int | None = None) -> RowGroup:
+    """Decode the long columns of one row group.
+
+    Raises UserError for a file that cannot be read, and for token ids and log-probs that cannot be: lists of different
+    lengths, nulls, ids outside the vocabulary, log-probs that are positive or not finite.
+    """
+    where = f"{path}: row group {number}"
+    with open_shard(path, str(path)) as file:
+        check_unpacked_size(file, number, str(path))
+        table = file.read_row_group(number, columns=LONG_COLUMNS)
     prompts, responses, scores = (_array(table[name]) for name in LONG_COLUMNS)
     ids, ref = responses.flatten(), scores.flatten()
-    if not ids.offsets.equals(ref.offsets):
-        raise UserError(f"{path}: row group {number}: response_ids and ref_logprobs differ in length")
+    parts = (prompts, responses, scores, ids, ref, prompts.flatten(), ids.flatten(), ref.flatten())
+    if any(part.null_count for part in parts):
+        raise UserError(f"{where}: a null among prompt_ids, response_ids or ref_logprobs")
+    if not ids.offsets.equals(ref.offsets) or not responses.offsets.equals(scores.offsets):
+        raise UserError(f"{where}: response_ids and ref_logprobs differ in length")
+    for what, tokens in (("prompt_ids", prompts.flatten().to_numpy()), ("response_ids", ids.flatten().to_numpy())):
+        if len(tokens) and (tokens.min() < 0 or (vocab_size is not None and tokens.max() >= vocab_size)):
+            raise UserError(
+                f"{where}: {what} from {tokens.min()} to {tokens.max()}, the model has "
+                + ("ids from 0" if vocab_size is None else f"ids from 0 to {vocab_size - 1}")
+            )
+    logprobs = ref.flatten().to_numpy().astype(np.float32)
+    if not np.isfinite(logprobs).all() or (logprobs > 0).any():
+        raise UserError(f"{where}: a reference log-prob is positive or not finite")
     return RowGroup(
         prompt_ids=prompts.flatten().to_numpy(),
         prompt_offsets=prompts.offsets.to_numpy().astype(np.int64),
         first_response=responses.offsets.to_numpy().astype(np.int64),
         response_ids=ids.flatten().to_numpy(),
-        ref_logprobs=ref.flatten().to_numpy().astype(np.float32),
+        ref_logprobs=logprobs,
         response_offsets=ids.offsets.to_numpy().astype(np.int64),
     )
 

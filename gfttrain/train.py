@@ -101,7 +101,11 @@ def _train(config: TrainConfig, world: World, stop_requested: Callable[[], bool]
     optimizer = make_optimizer(config, parameters)
     scheduler = make_scheduler(config, optimizer, len(steps))
     locate = checked_shards(prepared.shards)
-    reader = ShardReader(index, prepared.selection, config.batch.shuffle_row_groups, locate)
+    vocab_size = policy.model.config.get_text_config().vocab_size
+    reader = ShardReader(index, prepared.selection, config.batch.shuffle_row_groups, locate, vocab_size)
+    with together(world):
+        if world.rank == 0:  # what is in no step is never touched, and yet has its part in what the steps are
+            reader.check(prepared.unscheduled_shards)
     start_notices = list(prepared.notices)
     if prepared.first_step == 0:
         start_notices += _look_before(config, prepared, world, policy, reader)
@@ -231,6 +235,7 @@ def _works(config: TrainConfig, prepared: Prepared, world: World, reader: ShardR
     """In the order in which `train` asks for it. Runs in the read-ahead thread."""
 
     def batches(step: Step) -> list[Batch]:
+        reader.check(reader.shards_of(step.groups))  # also those whose groups here have no signal: they count in N
         ranks = lay_out(prepared.index, prepared.selection, step, config.batch, prepared.cost, world.size)
         return [_collate(config, reader, pack) for pack in ranks[world.rank]]
 

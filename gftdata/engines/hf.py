@@ -119,6 +119,7 @@ class HfEngine:
     def _score_batch(self, batch: Sequence[tuple[int, ScoreRequest]], scores: list[LogProbs]) -> None:
         requests = [request for _, request in batch]
         self._check_length(max(len(r.prompt_ids) + len(r.response_ids) for r in requests))
+        self._check_ids(requests)
         prompts = _Prompts.of([r.prompt_ids for r in requests])
         cache = self._prefill(prompts)
         lengths = [len(r.response_ids) for r in requests]
@@ -202,6 +203,14 @@ class HfEngine:
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.model.device)
+
+    def _check_ids(self, requests: Sequence[ScoreRequest]) -> None:
+        """Raise UserError for ids that the model has not: an accelerator would end the process over one."""
+        size = self.model.config.get_text_config().vocab_size
+        for request in requests:
+            ids = np.concatenate([request.prompt_ids, request.response_ids])
+            if len(ids) and (ids.min() < 0 or ids.max() >= size):
+                raise UserError(f"token ids from {ids.min()} to {ids.max()}, the model has ids from 0 to {size - 1}")
 
     def _check_length(self, tokens: int) -> None:
         if self.max_positions is not None and tokens > self.max_positions:

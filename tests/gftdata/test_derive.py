@@ -816,11 +816,11 @@ def test_unfinished_empty_and_damaged_inputs(data: Path, tmp_path: Path, one_lin
     job = plan_filter(data, tmp_path / "new")
     path.write_bytes(whole[: len(whole) // 2])
     for said in (refusal(one_line, plan_filter, data, tmp_path / "other"), refusal(one_line, derive, job)):
-        assert path.name in said and "cannot be read" in said
+        assert path.name in said and "damaged" in said
     path.unlink()
     assert path.name in refusal(one_line, plan_filter, data, tmp_path / "other")
     shutil.copy(shard_paths(data, read_manifest(data))[0], path)
-    assert "the manifest says 30" in refusal(one_line, plan_rejudge, data, tmp_path / "other", rejudge_config())
+    assert "damaged or changed: sha256" in refusal(one_line, plan_rejudge, data, tmp_path / "other", rejudge_config())
 
 
 def test_an_output_of_gft_generate_is_not_continued(data: Path, tmp_path: Path, one_line: OneLine) -> None:

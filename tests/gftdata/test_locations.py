@@ -127,7 +127,7 @@ def test_a_damaged_shard_is_named_when_it_is_first_touched(copy: Path) -> None:
 def test_a_shard_is_hashed_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locate = checked_shards(open_data(str(copy)).shards)
     locate(0)
-    monkeypatch.setattr("gftdata.locations.sha256_file", lambda path: "another")
+    monkeypatch.setattr("gftdata.shards.sha256_file", lambda path: "another")
     locate(0)
     with pytest.raises(UserError, match="damaged"):
         locate(1)
@@ -142,6 +142,7 @@ def test_what_a_location_may_be(location: str) -> None:
 def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     manifest["shards"][0]["sha256"] = "../../somewhere"
+    del manifest["checksum"]  # as whoever lies would
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not a sha256, of train-00000-of-00003.parquet: '../../somewhere'"):
         open_data(str(copy))

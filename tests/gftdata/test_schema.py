@@ -216,6 +216,14 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "infinite log-prob": ("ref_logprobs", lambda v: [[-np.inf, *v[0][1:]], *v[1:]], "response 0: a reference log-prob"),
     "null log-prob": ("ref_logprobs", lambda v: [[None, *v[0][1:]], *v[1:]], "response 0: a reference log-prob"),
     "reward without ok": ("reward_status", lambda v: ["timeout", *v[1:]], "response 0: reward"),
+    "infinite reward": ("rewards", lambda v: [np.inf, *v[1:]], "response 0: reward inf with status ok"),
+    "no verdict": ("reward_status", lambda v: [None, *v[1:]], "response 0: reward"),
+    "no source": ("sources", lambda v: [None, *v[1:]], "response 0: sources is null"),
+    "no text": ("responses", lambda v: [None, *v[1:]], "response 0: responses is null"),
+    "negative prompt id": ("prompt_ids", lambda v: [-1, *v[1:]], "a negative or null prompt token id"),
+    "no messages": ("prompt", lambda v: [], "a prompt without messages"),
+    "no role": ("prompt", lambda v: [{**v[0], "role": None}, *v[1:]], "a message without role or content"),
+    "behaviour": ("behavior_logprobs", lambda v: [[np.nan] * 99, *v[1:]], "response 0: behavior_logprobs are"),
     "ok without reward": ("rewards", lambda v: [None, *v[1:]], "response 0: reward"),
 }
 

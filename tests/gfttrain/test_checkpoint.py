@@ -276,13 +276,23 @@ def test_damage_is_found(tmp_path: Path) -> None:
         file.write_bytes(whole[file][:-8])
         refuses(f"{file.name}: damaged: expected")
         file.write_bytes(b"\xff" * len(whole[file]))
-        refuses("step-00000001: damaged")
+        refuses(f"{file.name}: damaged: its content is not what was saved")
+        middle = len(whole[file]) // 2
+        file.write_bytes(whole[file][:middle] + bytes([whole[file][middle] ^ 1]) + whole[file][middle + 1 :])
+        refuses(f"{file.name}: damaged: its content is not what was saved")
     (path / "state.json").write_text('{"step": 1')
-    with pytest.raises(UserError, match=r"state.json: cannot be read"):
+    with pytest.raises(UserError, match=r"state.json: not the state of a checkpoint"):
         read_position(path)
-    refuses("state.json: cannot be read")
+    refuses("state.json: not the state of a checkpoint")
+    (path / "state.json").write_bytes(whole[path / "state.json"].replace(b'"step": 1,', b'"step": 2,'))
+    refuses("state.json: damaged or changed: its checksum")
     (path / "state.json").write_text('{"step": 1}')
     refuses("state.json: has no files, schedule_hash, scheduler, tensors, world_size")
+    moved = path.with_name("step-00000007")
+    path.rename(moved)
+    with pytest.raises(UserError, match=r"step-00000007/state.json: is the state after step 1, in the wrong folder"):
+        restore(moved, *Training(ALONE).parts())
+    moved.rename(path)
     restore(path, *Training(ALONE).parts())
 
 

@@ -192,6 +192,17 @@ def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("line", [b'{"loss": 1}', b"[]", b'{"step": "1"}', b"\xff", b'{"st', b"", b'{"step": null}'])
+def test_a_damaged_line_of_metrics_is_named_and_a_torn_last_one_dropped(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"ste')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged: .*remove that line"):
+        metrics.cut_back(path, 1)
+    path.write_bytes(b'{"step": 1}\n{"ste')
+    metrics.cut_back(path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[2]))

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gftdata.answers import chosen_letter, last_number
 from gftdata.errors import UserError
-from gftdata.rewards import BUILTIN, NEEDS_GROUND_TRUTH, chosen_letter, judge, last_number, resolve
+from gftdata.rewards import BUILTIN, NEEDS_GROUND_TRUTH, judge, resolve
 from gftdata.types import Message, Prompt, Verdict
 
 RIGHT = Verdict(1.0, "ok")
@@ -82,7 +83,7 @@ NUMBERS: list[tuple[str, str | None]] = [
     ("\\boxed{\\frac{-3}{4}}", "-3/4"),
     ("\\boxed{2\\frac{1}{2}}", "5/2"),
     ("\\boxed{3 / 4}", "3/4"),
-    ("\\boxed{1/0} 3", "3"),
+    ("\\boxed{1/0} 3", None),
     ("", None),
     ("no number at all", None),
     ("9" * 5000, None),
@@ -97,6 +98,50 @@ def test_last_number(text: str, expected: str | None) -> None:
     else:
         assert found is not None
         assert Fraction(found) == (Fraction(expected) if "/" in expected else Fraction(Decimal(expected)))
+
+
+AMBIGUOUS = [
+    "41, 42",
+    "41 \\text{ or } 42",
+    "x=41 or x=42",
+    "\\{41,42\\}",
+    "\\{42, x\\}",
+    "\\neq 42",
+    "\\text{not } 42",
+    "x < 42",
+    "\\pm 42",
+    "42!",
+    "42^2",
+    "42\u2070",
+    "\u00bd42",
+    "42i",
+    "\\sqrt{42}",
+    "43 = 42",
+    "\\frac{42}{0}",
+]
+
+
+@pytest.mark.parametrize("inside", AMBIGUOUS)
+def test_a_box_that_does_not_name_one_number_has_no_value(inside: str) -> None:
+    assert last_number(f"42 \\boxed{{{inside}}}") is None
+
+
+@pytest.mark.parametrize("inside", ["\\neq 42", "\\ne 42", "> 42", "\\le 42", "41 \\vee 42", "41 \\cup 42", "43 = 42"])
+def test_math_verify_is_not_asked_about_a_box_that_claims_no_number(inside: str) -> None:
+    assert judge("math", prompt("42"), f"\\boxed{{{inside}}}") == WRONG
+
+
+@pytest.mark.parametrize("name", ["math", "numeric"])
+def test_thousands_are_not_ones(name: str) -> None:
+    assert judge(name, prompt("42"), "\\boxed{42 \\text{ thousand}}") == WRONG
+    assert judge(name, prompt("42"), "\\boxed{42 \\text{ dollars}}") == RIGHT
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{B, A}", "\\boxed{B or C}", "The answer is B or C.", "The answer is (B), (C)"]
+)
+def test_two_options_are_no_choice(text: str) -> None:
+    assert chosen_letter(text) is None
 
 
 @given(st.integers(), st.sampled_from(["{}", "{:,}", "${:,}.", "is \\boxed{{{}}}", "#### {}"]))

@@ -168,7 +168,7 @@ def is_no_claim(ground_truth: str, text: str) -> bool:
     return len({Fraction(value) for value in values if value is not None}) > 1
 
 
-_BOXED_LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf|mathsf)\s*\{)?[\s(]*([A-J])(?=[).:}\s]|\Z)")
+_BOXED_LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf|mathsf)\s*\{)?[\s(]*([A-J])(?=[).:,/&+}\s]|\Z)")
 _STATED_LETTER = re.compile(
     r"(?i:answer)\s{0,3}(?i:is|:|=)[\s:*$]{0,9}(?:(?i:option|choice)\s{1,3})?[*$]{0,3}"
     r"(?:\(([A-J])\)|(?:\\(?:text|boxed|mathrm|mathbf)\{)?\(?(?:([A-HJ])(?![\w'\u2019-])|(I)(?=[).,:*$}\n]|\Z)))"

@@ -18,4 +18,9 @@ def first_line(error: BaseException) -> str:
 
 def quoted(error: BaseException) -> str:
     """A library's error in one line, without what a URL in it may hold: a password, a signature."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"(?<=//)[^/@\s]+@", "", first_line(error))).rstrip(".")
+    return re.sub(r"\?[^\s'\"]+", "?...", without_password(first_line(error))).rstrip(".")
+
+
+def without_password(url: str) -> str:
+    """A location as it may be shown: without `user:password@`."""
+    return re.sub(r"(?<=//)[^/@\s]+@", "", url)

@@ -4,7 +4,7 @@ Everything lands where the commands look for it later, with HF_HUB_OFFLINE=1: mo
 in HF_HOME, data sets on S3 in GFT_CACHE. What `gft generate` needs is said here, of the others in gfttrain/fetch.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -23,8 +23,8 @@ from gftdata.hub import failures
 from gftdata.locations import checked_shards, is_remote, open_data
 from gftdata.prompts import hub_rows
 
-TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # what is beside the weights: configuration, tokenizer
-WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that a model has is what is loaded
+TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # what is beside the weights: configuration, tokenizer
+WEIGHTS = "*.safetensors"  # pickles are not loaded
 SUBFOLDERS = ("*/*",)  # the same weights in other formats
 
 
@@ -122,22 +122,21 @@ def _model_files(wanted: Wanted) -> list[tuple[str, int, bool]]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    kinds: list[Sequence[str]] = [TEXTS]
-    if wanted.kind == "model":
-        kinds = [(*TEXTS, kind) for kind in WEIGHTS]
-    for patterns in kinds:
-        try:
-            with disable_progress_bars():  # of a look at what is there
-                found = snapshot_download(
-                    wanted.name, allow_patterns=list(patterns), ignore_patterns=list(SUBFOLDERS), dry_run=True
-                )
-        except failures() as error:
-            _fail(wanted, error)
-        assert isinstance(found, list)
-        files = [(file.filename, file.file_size or 0, file.is_cached) for file in found]
-        if wanted.kind == "tokenizer" or any(Path(name).match(patterns[-1]) for name, _, _ in files):
-            return files
-    raise UserError(f"{wanted.name}: the Hub has no weights of it that are loaded here ({' or '.join(WEIGHTS)})")
+    patterns = [*TEXTS, WEIGHTS] if wanted.kind == "model" else list(TEXTS)
+    try:
+        with disable_progress_bars():  # of a look at what is there
+            found = snapshot_download(
+                wanted.name, allow_patterns=patterns, ignore_patterns=list(SUBFOLDERS), dry_run=True
+            )
+    except failures() as error:
+        _fail(wanted, error)
+    assert isinstance(found, list)
+    files = [(file.filename, file.file_size or 0, file.is_cached) for file in found]
+    if wanted.kind == "model" and not any(Path(name).match(WEIGHTS) for name, _, _ in files):
+        raise UserError(
+            f"{wanted.name}: the Hub has no weights of it that are loaded here ({WEIGHTS}; pickles are not)"
+        )
+    return files
 
 
 def _size_prompts(wanted: Wanted) -> Sized:

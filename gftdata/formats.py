@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gftdata.answers import last_boxed
 from gftdata.errors import UserError
-from gftdata.rewards import last_boxed
 
 Format = Literal["gsm8k", "math"]
 GROUND_TRUTH, EXPERT_COLUMN = "ground_truth", "expert"  # of a row that was read, beside `question`

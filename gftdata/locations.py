@@ -25,7 +25,7 @@ from typing import BinaryIO, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gftdata.errors import UserError, first_line, quoted
+from gftdata.errors import UserError, first_line, quoted, without_password
 from gftdata.hub import failures, not_there
 from gftdata.shards import (
     BOMB,
@@ -89,7 +89,8 @@ def open_data(location: str) -> DataSet:
         return _open_hub(match[0], match["repo"], match["revision"])
     if match := S3.fullmatch(location.rstrip("/")):
         return _open_s3(match[0], match["path"])
-    raise UserError(f"{location}: expected a folder, hf://datasets/<owner>/<name>[@revision] or s3://<bucket>/<path>")
+    shown = without_password(location)
+    raise UserError(f"{shown}: expected a folder, hf://datasets/<owner>/<name>[@revision] or s3://<bucket>/<path>")
 
 
 def verify_data(location: str) -> list[str]:

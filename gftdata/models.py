@@ -56,9 +56,9 @@ def context_length(model: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}: cannot read its configuration: {first_line(error)}") from None
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what a library makes of damaged or hostile files: anything
+        raise UserError(f"{model}: cannot read its configuration: {first_line(error)[:300]}") from None
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
 

@@ -454,6 +454,7 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
         with open_shard(path, where) as file:
             if file.metadata.num_rows != record.rows:
                 yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
+            tokens = 0
             for group in range(file.num_row_groups):
                 try:
                     check_unpacked_size(file, group, where)
@@ -462,10 +463,13 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
                     continue
                 table = file.read_row_group(group)
                 yield from check_rows(table, f"{where}: row group {group}")
+                tokens += sum(n or 0 for row in table["num_tokens"].to_pylist() for n in row or ())
                 for prompt_id in table["prompt_id"].to_pylist():
                     if prompt_id in seen:
                         yield f"{where}: prompt {prompt_id} is also in {seen[prompt_id]}"
                     seen[prompt_id] = record.name
+            if tokens != record.response_tokens:
+                yield f"{where}: {tokens} response tokens, the manifest says {record.response_tokens}"
     except UserError as error:
         yield str(error)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NoReturn, Protocol
 
-from gftdata.errors import UserError, quoted
+from gftdata.errors import UserError, quoted, without_password
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -68,7 +68,7 @@ def open_store(location: str) -> Store:
     if "://" not in location:
         return FolderStore(Path(location))
     if not (match := S3.fullmatch(location.rstrip("/"))) or "/" not in match["path"]:
-        raise UserError(f"{location}: an output is a folder or s3://<bucket>/<path>")
+        raise UserError(f"{without_password(location)}: an output is a folder or s3://<bucket>/<path>")
     return BucketStore(match[0], match["path"], open_s3(location))
 
 

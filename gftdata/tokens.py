@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from gftdata.errors import UserError, first_line
+from gftdata.template_trial import check_template
 from gftdata.types import Message, TokenIds
 
 VOCABULARY = "tokenizer.json"
 SPACES = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes one
 _PROBE = "GFTPROBE"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")  # what weights that are pickles are called
+HARMLESS = ("training_args.bin",)  # beside the weights, and never read
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,15 @@ def load_tokenizer(model: str) -> Tokenizer:
 
     check_model_path(model)
     try:
-        backend = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
+        backend = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what a library makes of damaged or hostile files: anything
+        raise UserError(f"{model}: cannot load its tokenizer: {first_line(error)[:300]}") from None
     if not getattr(backend, "is_fast", False):
         raise UserError(f"{model}: its tokenizer has no fast version (tokenizer.json), which is needed here")
+    if not isinstance(template := backend.chat_template or "", str):
+        raise UserError(f"{model}: has several chat templates, expected one; leave the one to be used in its tokenizer")
+    if template and (refused := check_template(template)):
+        raise UserError(f"{model}: its chat template is refused: {refused}")
     end_id = find_end_id(backend, model)
     stop_ids = {end_id}
     if backend.eos_token_id is not None:
@@ -53,6 +60,8 @@ def load_tokenizer(model: str) -> Tokenizer:
         declared = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # a model without generation_config.json declares nothing
         declared = None
+    except Exception as error:
+        raise UserError(f"{model}: cannot read its generation_config.json: {first_line(error)[:300]}") from None
     stop_ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
     return Tokenizer(backend, end_id, tuple(sorted(stop_ids)), tokenizer_hash(backend), template_hash(backend))
 
@@ -63,8 +72,20 @@ def check_model_path(model: str) -> None:
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"{model}: not a model folder: it has no config.json")
+        check_weights(Path(model))
     elif looks_local or Path(model).exists():
         raise UserError(f"{model}: no such model folder")
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a model folder whose weights are pickles: to load one is to run what its author wrote."""
+    pickles = sorted(path.name for kind in PICKLES for path in folder.glob(kind) if path.name not in HARMLESS)
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder / pickles[0]}: weights as a pickle, which may run code when it is loaded; only safetensors are "
+            "loaded here: take the model's safetensors, or convert it where you trust it (load it in transformers and "
+            "save_pretrained it)"
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenIds:
@@ -180,7 +201,10 @@ def find_end_id(backend: Any, model: str) -> int:
     """
     if backend.chat_template:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        rendered = backend.apply_chat_template(chat, tokenize=False)
+        try:
+            rendered = backend.apply_chat_template(chat, tokenize=False)
+        except Exception as error:  # jinja2 raises what the template's author chose
+            raise UserError(f"{model}: its chat template fails: {first_line(error)[:300]}") from None
         tail = rendered.rpartition(_PROBE)[2]
         tail_ids = backend(tail, add_special_tokens=False)["input_ids"] if tail else []
         if tail_ids and tail_ids[0] in backend.added_tokens_decoder:

@@ -118,6 +118,9 @@ def restore(
             found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else 0
             if found != size:
                 raise UserError(f"{checkpoint / name}: damaged: expected {size} bytes, found {found}; {NEXT}")
+        for path in sorted((checkpoint / SHARDS).glob("*")):
+            if f"{SHARDS}/{path.name}" not in state["files"]:  # what lies there is read, whoever put it there
+                raise UserError(f"{path}: is not of this checkpoint; remove it, or {NEXT}")
         for name in sorted(state["files"])[world.rank :: world.size]:  # the ranks share the reading
             with _blaming(f"{checkpoint / name}: cannot be read; {NEXT}"):
                 if _file_record(checkpoint / name) != state["files"][name]:

@@ -77,7 +77,8 @@ class TokenSums:
         after_N = before_N + rectified_coefficient(logprobs_N, objective.tau).log2()
         for row, bits_N in zip(self._weights_2W, (before_N, after_N), strict=True):
             # the nearest float below 2^i belongs to its bin: a weight of exactly 1 may come out as 2^-1e-8
-            bins_N = (bits_N + 1e-4).floor().clamp(0, WEIGHT_BINS - 1).long()
+            # and what is no number belongs to none, but must not end the run here: the loss of the step says it
+            bins_N = (bits_N + 1e-4).floor().nan_to_num(nan=0.0).clamp(0, WEIGHT_BINS - 1).long()
             row.index_add_(0, bins_N, one_N.to(dtype))
 
     def means(self, num_loss_tokens: int, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Metrics:

@@ -102,7 +102,8 @@ def load_for_training(config: TrainConfig, world: World) -> Policy:
     agree(world, error)
     if model is None:  # the weights come from rank 0; nothing is read and no memory touched here
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model), dtype=torch.float32)
+            read = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(read, dtype=torch.float32, trust_remote_code=False)
         model.tie_weights()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -200,11 +201,11 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
 def outline(model: str) -> Any:
     """A model without weights, for its shape: nothing is read but its configuration."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model}: cannot load this model: {first_line(error)}") from None
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # what a library makes of damaged or hostile files: anything
+        raise UserError(f"{model}: cannot load this model: {first_line(error)[:300]}") from None
 
 
 def check_layout(outlined: Any, layout: Layout) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -49,9 +48,12 @@ def pick_device(name: str) -> torch.device:
 def load_model(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A transformers causal language model in evaluation mode. Raises UserError where it cannot be loaded."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model}: cannot load this model: {first_line(error)}") from None
+        # said, not left to defaults: transformers would ask on a terminal, and load a pickle where that is all there is
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a library makes of damaged or hostile files: anything
+        raise UserError(f"{model}: cannot load this model: {first_line(error)[:300]}") from None
     return loaded.to(device).eval()
 
 

@@ -171,3 +171,12 @@ def test_a_sample_becomes_the_entry_of_its_place() -> None:
 def test_numbers_are_stored_little_endian(tmp_path: Path) -> None:
     path = write(tmp_path, [Entry("self", 0, 0, "", np.array([258], np.int32), np.zeros(1, np.float32), "stop", 1, "")])
     assert base64.b64encode(b"\x02\x01\x00\x00") in path.read_bytes()
+
+
+def test_a_journal_in_another_shards_folder_is_refused(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path, "one")
+    journal.append(0, ENTRIES[0])
+    journal.close()
+    (tmp_path / shard_folder(0)).rename(tmp_path / shard_folder(1))
+    with pytest.raises(UserError, match=r"00001/one.jsonl: line 1 is damaged"):
+        read_journal(FolderStore(tmp_path), 1)

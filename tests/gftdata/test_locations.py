@@ -388,3 +388,17 @@ def test_a_data_set_in_a_bucket_is_verified(stored: s3fs.S3FileSystem, data: Pat
     assert "train-00001-of-00003.parquet" in problems[0] and "sha256" in problems[0]
     stored.rm(name)
     assert verify_data(S3_DATA) == [f"s3://{name}: missing"]
+
+
+def test_a_manifest_that_counts_otherwise_is_found_when_planning(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    manifest["shards"][1]["response_tokens"] += 1
+    del manifest["checksum"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: damaged or changed: 8 rows with"):
+        read_index(open_data(str(copy)).shards)
+
+
+def test_a_password_in_a_location_is_not_shown() -> None:
+    with pytest.raises(UserError, match=r"^https://host/x: expected a folder"):
+        open_data("https://user:word@host/x")

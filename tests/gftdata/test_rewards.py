@@ -137,9 +137,7 @@ def test_thousands_are_not_ones(name: str) -> None:
     assert judge(name, prompt("42"), "\\boxed{42 \\text{ dollars}}") == RIGHT
 
 
-@pytest.mark.parametrize(
-    "text", ["\\boxed{B, A}", "\\boxed{B or C}", "The answer is B or C.", "The answer is (B), (C)"]
-)
+@pytest.mark.parametrize("text", ["\\boxed{B, A}", "\\boxed{B or C}", "The answer is B or C.", "Answer: (B), (C)"])
 def test_two_options_are_no_choice(text: str) -> None:
     assert chosen_letter(text) is None
 

@@ -24,6 +24,8 @@ from gftdata.shards import (
     MANIFEST,
     WORK,
     Manifest,
+    check_record,
+    check_short_columns,
     publish_shard,
     read_index,
     read_manifest,
@@ -130,7 +132,9 @@ def republish(out: Path, shard: int, members: list[Group] | pa.Table) -> None:
     path.unlink()
     table = members if isinstance(members, pa.Table) else groups_to_table(members)
     publish_shard(FolderStore(out), shard, len(SIZES), table, 3, "float32")
-    said = {"rows": table.num_rows, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+    tokens = sum(sum(row) for row in table["num_tokens"].to_pylist())
+    said = {"rows": table.num_rows, "response_tokens": tokens}
+    said |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     edit_manifest(out, lambda data: data["shards"][shard].update(said))
 
 
@@ -453,3 +457,70 @@ def test_an_index_of_files_that_cannot_be_read(tmp_path: Path, one_line: OneLine
     with pytest.raises(UserError) as caught:
         read_index(paths)
     assert f"{paths[1]}: cannot be read" in one_line(caught.value)
+
+
+def test_a_damaged_page_of_a_short_column_is_found_without_the_manifest(finished: Path) -> None:
+    path = finished / DATA / shard_name(3, len(SIZES))
+    column = next(i for i, f in enumerate(pq.read_schema(path)) if f.name == "rewards")
+    metadata = pq.ParquetFile(path).metadata.row_group(0)
+    places = [metadata.column(i) for i in range(metadata.num_columns)]
+    page = next(c for c in places if c.path_in_schema.startswith("rewards"))
+    content = bytearray(path.read_bytes())
+    content[page.data_page_offset + page.total_compressed_size - 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}: cannot be read"):
+        read_index([path])
+    assert column
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("rewards", [[1.0]], "lists of different lengths"),
+        ("rewards", [None], "lists of different lengths, or none"),
+        ("rewards", [[1.0, float("inf")]], "a reward is not a finite number"),
+        ("sources", [["self", None]], "a response without a source"),
+        ("num_tokens", [[1, 0]], "num_tokens is not a number"),
+        ("num_tokens", [[1, -1]], "num_tokens is not a number"),
+        ("num_tokens", [[1, None]], "num_tokens is not a number"),
+        ("num_tokens", [[1, 2**31 - 1]], "num_tokens is not a number"),
+        ("num_prompt_tokens", [0], "num_prompt_tokens is not a number"),
+        ("num_prompt_tokens", [None], "num_prompt_tokens is not a number"),
+    ],
+)
+def test_short_columns_that_contradict_themselves(column: str, values: list[Any], said: str) -> None:
+    whole = {"rewards": [[1.0, None]], "sources": [["self", "self"]], "num_tokens": [[1, 2]], "num_prompt_tokens": [3]}
+    fields = [schema().field(name) for name in whole]
+    check_short_columns(pa.Table.from_pydict(whole, pa.schema(fields)), "f")
+    with pytest.raises(UserError, match=f"^f: row 0: {said}"):
+        check_short_columns(pa.Table.from_pydict({**whole, column: values}, pa.schema(fields)), "f")
+
+
+def test_a_footer_that_promises_too_much_is_not_read(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = finished / DATA / shard_name(3, len(SIZES))
+    monkeypatch.setattr("gftdata.shards.MIN_VALUES_READ", 1)
+    monkeypatch.setattr("gftdata.shards.VALUES_PER_BYTE", 0)
+    with pytest.raises(UserError, match=r"promises \d+ values of .* and was not read"):
+        read_index([path])
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    publish(tmp_path)
+    name = shard_name(1, len(SIZES))
+    record = shard_record(FolderStore(tmp_path), 1, len(SIZES))
+    assert record is not None
+    path = tmp_path / WORK / "records" / f"{name}.json"
+    whole = path.read_text()
+    for content in ("", "{}", whole[:-5], whole.replace(name, shard_name(2, len(SIZES)))):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"{path.name}: damaged: .*delete it, and it is made again"):
+            shard_record(FolderStore(tmp_path), 1, len(SIZES))
+    other = record.model_copy(update={"rows": record.rows + 1})
+    with pytest.raises(UserError, match=f"{name}: is not what its record .* says"):
+        check_record(FolderStore(tmp_path), other, tmp_path / DATA / name)
+
+
+def test_a_wrong_token_count(finished: Path) -> None:
+    edit_manifest(finished, lambda data: data["shards"][1].update(response_tokens=1))
+    (problem,) = verify(finished)
+    assert "response tokens, the manifest says 1" in problem

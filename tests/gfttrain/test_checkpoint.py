@@ -451,3 +451,10 @@ def kills(folder: str) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
+
+
+def test_a_file_that_was_put_there_is_not_read(tmp_path: Path) -> None:
+    path = Training(ALONE).steps(1).save(tmp_path, 1)
+    shutil.copy(path / "rank-00000.safetensors", path / "shards" / "more.safetensors")
+    with pytest.raises(UserError, match=r"more.safetensors: is not of this checkpoint"):
+        restore(path, *Training(ALONE).parts())

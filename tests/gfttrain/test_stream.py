@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -239,3 +240,35 @@ def test_read_ahead_is_at_most_so_far_ahead_and_ends_with_its_block() -> None:
         time.sleep(0.3)
         assert len(made_so_far) <= 1 + 2 + 1
     assert not [thread for thread in threading.enumerate() if thread.name == "gft-read-ahead"]
+
+
+def test_what_was_planned_from_other_numbers_is_refused_when_a_shard_is_touched(index: Index) -> None:
+    """Also where no group of the shard goes through the model: it counts in N."""
+    group = 20
+    shard, first = int(index.path_of_group[group]), int(index.offsets[group])
+    for name, change in (("rewards", 0.5), ("num_tokens", 1), ("source_codes", 1)):
+        values = getattr(index, name).copy()
+        values[first] += change
+        planned = dataclasses.replace(index, **{name: values})
+        shards = reader(planned, select(planned, ONE), 1)
+        shards.check([number for number in range(3) if number != shard])
+        with pytest.raises(UserError, match=f"{index.paths[shard].name}: rewards, sources or lengths are not those"):
+            shards.check(shards.shards_of(np.array([group])))
+
+
+def test_token_ids_and_log_probs_that_cannot_be(index: Index, tmp_path: Path) -> None:
+    table = pq.read_table(index.paths[0])
+
+    def said(column: str, value: object) -> str:
+        rows = table.to_pylist()
+        rows[1][column][0][0] = value
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=r"x.parquet: row group 0: ") as caught:
+            read_row_group(tmp_path / "x.parquet", 0, 18)
+        return str(caught.value)
+
+    assert "the model has ids from 0 to 17" in said("response_ids", 18)
+    assert "response_ids from -1" in said("response_ids", -1)
+    assert "a null among" in said("response_ids", None)
+    for value in (0.1, float("nan"), float("-inf")):
+        assert "a reference log-prob is positive or not finite" in said("ref_logprobs", value)

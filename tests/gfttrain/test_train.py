@@ -554,3 +554,25 @@ def _nudge(folder: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight += 0.01
     model.save_pretrained(folder)
+
+
+def test_a_damaged_shard_without_signal_is_found_before_its_groups_count(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    selected = select
+
+    def select_without_the_second(index: Any, *arguments: Any) -> Any:
+        selection = selected(index, *arguments)
+        sizes = np.diff(index.offsets)
+        selection.trained_R[np.repeat(index.path_of_group == 1, sizes)] = False
+        return selection
+
+    monkeypatch.setattr("gfttrain.prepare.select", select_without_the_second)
+    path = copy / "data/train-00001-of-00003.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00001-of-00003.parquet: (damaged|cannot be read)"):
+        train(train_settings(copy, tmp_path / "run"))

@@ -174,9 +174,9 @@ def test_numbers_are_stored_little_endian(tmp_path: Path) -> None:
 
 
 def test_a_journal_in_another_shards_folder_is_refused(tmp_path: Path) -> None:
-    journal = FileJournal(tmp_path, "one")
-    journal.append(0, ENTRIES[0])
+    journal = journals.FileJournal(tmp_path, "one")
+    journal.append(0, entry())
     journal.close()
-    (tmp_path / shard_folder(0)).rename(tmp_path / shard_folder(1))
+    shard_folder(tmp_path, 0).rename(shard_folder(tmp_path, 1))
     with pytest.raises(UserError, match=r"00001/one.jsonl: line 1 is damaged"):
-        read_journal(FolderStore(tmp_path), 1)
+        journals.read_journal(FolderStore(tmp_path), 1)

@@ -42,7 +42,7 @@ def test_any_other_content_is_refused() -> None:
     ],
 )
 def test_what_is_no_object_of_json(content: bytes, said: str) -> None:
-    with pytest.raises(UserError, match="some/file.json") as caught:
+    with pytest.raises(UserError, match=r"some/file.json") as caught:
         read(content)
     assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 

@@ -18,7 +18,7 @@ import pytest
 
 from gftdata import shards
 from gftdata.errors import UserError
-from gftdata.schema import groups_to_table, table_to_groups
+from gftdata.schema import groups_to_table, schema, table_to_groups
 from gftdata.shards import (
     DATA,
     MANIFEST,

@@ -366,7 +366,7 @@ def read_source(folder: Path) -> Source:
     for shard, record in zip(shards.shard_paths(folder, manifest), manifest.shards, strict=True):
         shards.check_shard(shard, record)
     first, path = shards.shard_paths(folder, manifest)[0], folder / f"{QUARANTINE}.jsonl"
-    with shards.open_shard(first, str(first)) as file:
+    with shards.open_parquet(first, str(first)) as file:
         narrow = file.schema_arrow.field("ref_logprobs").type == schema("float16").field("ref_logprobs").type
     lines = path.read_text(encoding="utf-8").splitlines() if manifest.prompts_quarantined and path.is_file() else []
     try:
@@ -378,6 +378,6 @@ def read_source(folder: Path) -> Source:
 
 def read_table(path: Path, row_group: int, columns: Sequence[str] | None = None) -> pa.Table:
     """A row group of a shard."""
-    with shards.open_shard(path, str(path)) as file:
+    with shards.open_parquet(path, str(path)) as file:
         shards.check_unpacked_size(file, row_group, str(path))
         return file.read_row_group(row_group, columns)

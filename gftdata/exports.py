@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from gftdata.errors import UserError, first_line
 from gftdata.layouts import FORMATS, Candidate, ExportOptions, GroupRow, rows_of, trl_schema
 from gftdata.locations import DataSet, open_data
-from gftdata.shards import check_unpacked_size, check_writable, open_shard
+from gftdata.shards import check_unpacked_size, check_writable, open_parquet
 from gftdata.store import replacing
 from gftdata.tokens import NO_TEMPLATE_HASH
 from gftdata.types import EXPERT, TEACHER_PREFIX
@@ -113,7 +113,7 @@ def _wanted_sources(source: DataSet, kind: str, asked: Sequence[str]) -> frozens
 def _groups(source: DataSet, tokens: bool) -> Iterator[GroupRow]:
     number = 0
     for shard in source.shards:
-        with open_shard(shard.fetch(), shard.where) as file:
+        with open_parquet(shard.fetch(), shard.where) as file:
             for i in range(file.num_row_groups):
                 check_unpacked_size(file, i, shard.where)
                 table = file.read_row_group(i, COLUMNS + (TOKEN_COLUMNS if tokens else []))

@@ -29,7 +29,7 @@ from gftdata.shards import (
     TokenizerRecord,
     check_shard,
     check_unpacked_size,
-    open_shard,
+    open_parquet,
     read_manifest,
     sha256_file,
 )
@@ -164,7 +164,7 @@ def _prompt_ids(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int, li
     for record in manifest.shards:
         path = folder / DATA / record.name
         check_shard(path, record)
-        with open_shard(path, str(path)) as file:
+        with open_parquet(path, str(path)) as file:
             for group in range(file.num_row_groups):
                 yield record.name, group, file.read_row_group(group, columns=["prompt_id"])["prompt_id"].to_pylist()
 
@@ -211,7 +211,7 @@ def _rows(folder: Path, items: Sequence[Item]) -> Iterator[tuple[int, pa.Table]]
             by_row_group.setdefault(item.earlier[:2], []).append((row, item.earlier.row))
     for (name, group), rows in by_row_group.items():
         path = folder / DATA / name
-        with open_shard(path, str(path)) as file:
+        with open_parquet(path, str(path)) as file:
             check_unpacked_size(file, group, str(path))
             table = file.read_row_group(group)
         for row, earlier_row in rows:

@@ -41,6 +41,7 @@ from gftdata.shards import (
     count_problems,
     hashes_differ,
     make_index,
+    open_parquet,
     parse_manifest,
     read_manifest,
     read_short_columns,
@@ -49,7 +50,6 @@ from gftdata.shards import (
     shard_problems,
     verify,
 )
-from gftdata.shards import open_shard as open_parquet
 from gftdata.store import FULL, S3, fsync_folder, open_s3, open_store, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -17,7 +17,7 @@ from gftdata.shards import (
     ShardRecord,
     check_shard,
     check_unpacked_size,
-    open_shard,
+    open_parquet,
     read_manifest,
 )
 from gftdata.types import GivenText, Message, Prompt
@@ -84,7 +84,7 @@ def template_of(manifest: Manifest) -> str | None:
 
 def _rows(path: Path, record: ShardRecord) -> Iterator[dict[str, Any]]:
     check_shard(path, record)
-    with open_shard(path, str(path)) as file:
+    with open_parquet(path, str(path)) as file:
         for group in range(file.num_row_groups):
             check_unpacked_size(file, group, str(path))
             table = file.read_row_group(group, columns=list(COLUMNS))

@@ -235,7 +235,7 @@ def _read_record(store: Store, name: str) -> ShardRecord:
 
 def make_record(path: Path, name: str, where: str) -> ShardRecord:
     """What the record of this file has to say; `where` is for errors. Raises UserError where it cannot be read."""
-    with open_shard(path, where) as file:
+    with open_parquet(path, where) as file:
         num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
         return ShardRecord(
             name=name,
@@ -258,13 +258,13 @@ def check_record(store: Store, record: ShardRecord, path: Path) -> None:
 
 def prompt_ids(path: Path, where: str) -> list[str]:
     """Of all rows of a shard, in order. Raises UserError."""
-    with open_shard(path, where) as file:
+    with open_parquet(path, where) as file:
         found: list[str] = file.read(columns=["prompt_id"])["prompt_id"].to_pylist()
         return found
 
 
 @contextmanager
-def open_shard(source: Path | BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(source: Path | BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
     """A shard, its schema checked; its pages are compared with their checksums as they are read.
 
     Raises UserError, which names the file as `where`, also for what is read of it inside the block; of an open file,
@@ -451,7 +451,7 @@ def count_problems(manifest: Manifest, where: str) -> Iterator[str]:
 def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where: str) -> Iterator[str]:
     """What is wrong with the content of a shard; `seen` (prompt id -> shard) is added to; `where` is for people."""
     try:
-        with open_shard(path, where) as file:
+        with open_parquet(path, where) as file:
             if file.metadata.num_rows != record.rows:
                 yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
             tokens = 0
@@ -521,7 +521,7 @@ def read_short_columns(source: Path | BinaryIO, where: str, columns: Sequence[st
 
     Raises UserError, and what reading an open one raises.
     """
-    with open_shard(source, where) as file:
+    with open_parquet(source, where) as file:
         rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
         table = file.read(columns=list(columns)).combine_chunks()
         if table.num_rows != sum(rows):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from gftdata.errors import UserError
-from gftdata.shards import Index, check_unpacked_size, make_index, open_shard, read_short_columns
+from gftdata.shards import Index, check_unpacked_size, make_index, open_parquet, read_short_columns
 from gftdata.tokens import next_token_inputs
 from gftdata.types import LogProbs, TokenIds
 from gfttrain.attention import Segments, make_segments, moved
@@ -293,7 +293,7 @@ def read_row_group(path: Path, number: int, vocab_size: int | None = None) -> Ro
     lengths, nulls, ids outside the vocabulary, log-probs that are positive or not finite.
     """
     where = f"{path}: row group {number}"
-    with open_shard(path, str(path)) as file:
+    with open_parquet(path, str(path)) as file:
         check_unpacked_size(file, number, str(path))
         table = file.read_row_group(number, columns=LONG_COLUMNS)
     prompts, responses, scores = (_array(table[name]) for name in LONG_COLUMNS)

@@ -24,7 +24,7 @@ from gftdata.rewards import judge
 from gftdata.types import Message, Prompt, Verdict
 
 PROMISE = "adversarial answers, reward {}: judged or given up, none scores, memory bounded, honest ones unaffected"
-TIMEOUT_S, MEMORY_GB, IMPORTS_GB = 2.0, 1.0, 0.75
+TIMEOUT_S, MEMORY_GB, IMPORTS_GB = 4.0, 1.0, 0.75
 FOREVER_S = 300.0  # a judgement that has not ended by then is a hang
 HONEST = {
     "math": [("42", "so \\boxed{42}"), ("\\frac{1}{2}", "\\boxed{0.5}"), ("x^2-1", "\\boxed{(x-1)(x+1)}")],

@@ -454,12 +454,13 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
         with open_parquet(path, where) as file:
             if file.metadata.num_rows != record.rows:
                 yield f"{where}: {file.metadata.num_rows} rows, the manifest says {record.rows}"
-            tokens = 0
+            tokens, unread = 0, False
             for group in range(file.num_row_groups):
                 try:
                     check_unpacked_size(file, group, where)
                 except UserError as error:
                     yield str(error)
+                    unread = True
                     continue
                 table = file.read_row_group(group)
                 yield from check_rows(table, f"{where}: row group {group}")
@@ -468,7 +469,7 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
                     if prompt_id in seen:
                         yield f"{where}: prompt {prompt_id} is also in {seen[prompt_id]}"
                     seen[prompt_id] = record.name
-            if tokens != record.response_tokens:
+            if not unread and tokens != record.response_tokens:
                 yield f"{where}: {tokens} response tokens, the manifest says {record.response_tokens}"
     except UserError as error:
         yield str(error)

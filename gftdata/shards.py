@@ -293,7 +293,7 @@ def _num_bytes(source: Path | BinaryIO) -> int:
 
 
 def _check_amounts(metadata: pq.FileMetaData, num_bytes: int, where: str) -> None:
-    """Refuse a footer that promises more rows or responses than a file of this size can hold."""
+    """Refuse a footer that promises more than a file of this size can hold: memory is taken by what it promises."""
     if metadata.num_rows > num_bytes:
         raise UserError(f"{where}: promises {metadata.num_rows:,} rows in {num_bytes:,} bytes, and was not read")
     most = max(MIN_VALUES_READ, VALUES_PER_BYTE * num_bytes)
@@ -301,7 +301,10 @@ def _check_amounts(metadata: pq.FileMetaData, num_bytes: int, where: str) -> Non
         row_group = metadata.row_group(group)
         for number in range(metadata.num_columns):
             column = row_group.column(number)
-            if column.path_in_schema.partition(".")[0] in INDEX_COLUMNS and column.num_values > most:
+            start, size = column.data_page_offset, column.total_compressed_size
+            if min(start, size) < 0 or max(start, size) > num_bytes:
+                raise UserError(f"{where}: row group {group}: {column.path_in_schema} is not where the footer says")
+            if column.num_values > most or row_group.num_rows > num_bytes:
                 raise UserError(
                     f"{where}: row group {group} promises {column.num_values:,} values of {column.path_in_schema} in "
                     f"{num_bytes:,} bytes, and was not read"

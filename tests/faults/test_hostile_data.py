@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -297,7 +296,7 @@ def other_types(table: pa.Table) -> list[pa.Table]:
     return [*tables, table.append_column("more", pa.nulls(len(table))), table.select(table.column_names[::-1])]
 
 
-def test_parquet_files(honest: Path, tmp_path: Path, demo: Path, rng: Random, num_cases: Any, tried: Any) -> None:
+def test_parquet_files(honest: Path, tmp_path: Path, demo: Path, tried: Any) -> None:
     data = tmp_path / "data"
     shutil.copytree(honest, data)
     (path,) = (data / "data").glob("*")
@@ -319,11 +318,6 @@ def test_parquet_files(honest: Path, tmp_path: Path, demo: Path, rng: Random, nu
     raw = [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 100 + b"\xff\xff\xff\x7fPAR1", whole[:-8] + b"\0" * 8]
     raw += [whole[:-8] + n.to_bytes(4, "little") + b"PAR1" for n in (0, 1, 2**31 - 1, 2**32 - 1)]
     raw += [pickle.dumps({}), b"{}", whole + whole]
-    for _ in range(num_cases(20, 150)):  # a footer of rubbish, with checksums to match
-        content = bytearray(whole)
-        for _ in range(rng.randrange(1, 6)):
-            content[len(content) - 9 - rng.randrange(4000)] = rng.randrange(256)
-        raw.append(bytes(content))
     files += [lambda content=content: signed(data, path, content) for content in raw]
     tried(DATA_PROMISE, len(files))
     for number, make in enumerate(files):
@@ -335,7 +329,7 @@ def test_parquet_files(honest: Path, tmp_path: Path, demo: Path, rng: Random, nu
         trained = refusal(lambda: planned_and_read(data, demo), f"file {number}")
         for line in filter(None, (said, trained, *problems)):
             assert str(path) in line or str(data) in line, f"file {number}: {line}"
-        if number < len(files) - num_cases(20, 150) - 1:  # rubbish may lie where nobody reads, and after a whole file
+        if number < len(files) - 1:  # after a whole file nobody reads what comes before it
             assert problems or said, f"file {number}"
 
 

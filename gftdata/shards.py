@@ -161,6 +161,7 @@ class Manifest(BaseModel):
 
 FORMAT = "gft-groups"
 MIN_VALUES_READ, VALUES_PER_BYTE = 2**20, 16  # of a short column: what is read whatever the file's size, and beyond
+MAX_ROW_GROUPS = 2**16  # of a shard: of each there is something in memory
 MAX_TOKENS = 2**27  # of a prompt or response: more is a damaged number
 # what damaged or hostile files make pyarrow raise: besides its own errors, of texts that are no UTF-8, of names that
 # are no columns, and of sizes that no array has
@@ -296,6 +297,8 @@ def _check_amounts(metadata: pq.FileMetaData, num_bytes: int, where: str) -> Non
     """Refuse a footer that promises more than a file of this size can hold: memory is taken by what it promises."""
     if metadata.num_rows > num_bytes:
         raise UserError(f"{where}: promises {metadata.num_rows:,} rows in {num_bytes:,} bytes, and was not read")
+    if metadata.num_row_groups > MAX_ROW_GROUPS:
+        raise UserError(f"{where}: has {metadata.num_row_groups:,} row groups, and was not read")
     most = max(MIN_VALUES_READ, VALUES_PER_BYTE * num_bytes)
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)

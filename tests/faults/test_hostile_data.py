@@ -81,7 +81,7 @@ def rebuilt(honest: Path, target: Path, change: Callable[[list[dict[str, Any]]],
 
 def write_shard(target: Path, table: pa.Table, **said: Any) -> None:
     (path,) = (target / "data").glob("*")
-    pq.write_table(table, path, row_group_size=4)
+    pq.write_table(table, path, row_group_size=4 if len(table) < 100 else len(table))
     manifest = manifest_of(target)
     tokens = 0
     if "num_tokens" in table.column_names:

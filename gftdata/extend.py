@@ -23,6 +23,7 @@ from gftdata.models import shareable
 from gftdata.reuse import find_data
 from gftdata.schema import table_to_groups
 from gftdata.shards import DATA, MANIFEST, Manifest, ModelRecord, TokenizerRecord, read_manifest, sha256_file
+from gftdata.store import named
 from gftdata.types import SELF, TEACHER_PREFIX, Prompt, Response
 
 RECIPES_DIFFER = "recipes_differ"  # in the settings of a merge: how
@@ -152,7 +153,8 @@ def open_places(data: str | None) -> Iterator[Places]:
 
 def _prompt_ids(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int, list[str]]]:
     for record in manifest.shards:
-        with pq.ParquetFile(folder / DATA / record.name) as file:
+        path = folder / DATA / record.name
+        with named(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 yield record.name, group, file.read_row_group(group, columns=["prompt_id"])["prompt_id"].to_pylist()
 

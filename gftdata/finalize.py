@@ -28,7 +28,7 @@ from gftdata.shards import (
     toolkit_version,
     write_manifest,
 )
-from gftdata.store import STAGED, Store
+from gftdata.store import STAGED, Store, named
 from gftdata.summary import summarise
 from gftdata.types import SELF
 
@@ -92,7 +92,7 @@ def _checked(store: Store, plan: Plan, records: Sequence[ShardRecord], refused: 
     given_up = quarantined(store)
     for shard, record in enumerate(records):
         planned = {item.prompt.prompt_id for item in shard_prompts(store, plan, shard)}
-        with store.local(f"{DATA}/{record.name}") as path:
+        with store.local(f"{DATA}/{record.name}") as path, named(path):
             there = set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist())
             if there - planned or planned - there - given_up:
                 raise UserError(

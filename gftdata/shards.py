@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gftdata.errors import UserError, first_line
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
-from gftdata.store import FolderStore, Store
+from gftdata.store import FolderStore, Store, named
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 QUARANTINE = "quarantine"  # of prompts: QUARANTINE.jsonl in a finished data set, a folder of .work/ before
@@ -170,6 +170,8 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: cannot be a folder, {there} is a file")
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        raise UserError(f"{folder}: cannot be written, the file system of {there} is read-only")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written, no permission in {there}")
 
@@ -185,7 +187,8 @@ def publish_shard(store: Store, shard: int, num_shards: int, table: pa.Table, ro
     by_size = max(1, int(MAX_ROW_GROUP_BYTES / max(1, table.nbytes / max(1, table.num_rows))))
     with store.staging() as folder:
         staged = folder / f"{name}.{uuid.uuid4().hex}"
-        pq.write_table(table, staged, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
+        with named(staged):
+            pq.write_table(table, staged, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
         store.publish(staged, f"{DATA}/{name}")
 
 
@@ -203,7 +206,7 @@ def shard_record(store: Store, shard: int, num_shards: int) -> ShardRecord | Non
     record_name = f"{WORK}/records/{name}.json"
     if store.exists(record_name):
         return ShardRecord.model_validate_json(store.read(record_name))
-    with store.local(f"{DATA}/{name}") as path:
+    with store.local(f"{DATA}/{name}") as path, named(path):
         with pq.ParquetFile(path) as file:
             num_tokens = file.read(columns=["num_tokens"])["num_tokens"].combine_chunks().flatten().to_numpy()
             rows = file.metadata.num_rows
@@ -240,7 +243,7 @@ def package_versions() -> dict[str, str]:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with path.open("rb") as file, named(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,7 +9,6 @@ A checkpoint is staged, made durable and renamed into place, so that a crash whi
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gftdata.errors import UserError, first_line
-from gftdata.store import fsync_folder
+from gftdata.store import fsync_file, fsync_folder, named
 from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
 FOLDER, SHARDS, STATE, EXTRA = "checkpoints", "shards", "state.json", "extra."
@@ -87,7 +86,7 @@ def save(
         save_file(_random_states(world.device) | extra, own)
         paths = [own, *(staged / SHARDS).glob(f"shard-{world.rank + 1:05d}-*")]
         for path in paths:  # each rank its own: what another machine holds, it alone can bring to the disk
-            _fsync(path)
+            fsync_file(path)
         sizes = {str(path.relative_to(staged)): path.stat().st_size for path in paths}
     state = {
         "step": position.step,
@@ -120,7 +119,8 @@ def restore(
         _check_fits(checkpoint, state["tensors"], tensors)
         _make_optimizer_state(model, optimizer, state["tensors"])
         tensors |= _optimizer_tensors(model, optimizer)
-    with together(world), _blaming(f"{checkpoint}: damaged; {NEXT}"):
+    unreadable = f"{checkpoint}: cannot be read: when it can, the same command goes on from it"
+    with together(world), _blaming(f"{checkpoint}: damaged; {NEXT}", unreadable):
         _collective(
             state_dict_loader.load, world, tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS))
         )
@@ -224,26 +224,36 @@ def _collective(
 
 
 @contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Say of every failure of storage what it means to the run."""
+def _blaming(what: str, storage: str | None = None) -> Iterator[None]:
+    """Say of every failure what it means to the run; `storage`: of the system's own errors, which speak of no content.
+
+    A file that is not there speaks of the content.
+    """
     try:
         yield
-    except CheckpointException as error:  # not an Exception; it holds what happened, by rank
-        raise UserError(f"{what} ({first_line(next(iter(error.failures.values()))[0])})") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{what} ({first_line(error)})") from None
+    except (CheckpointException, OSError, SafetensorError) as error:
+        # the first is not an Exception; it holds what happened, by rank
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        of_storage = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        said = storage if storage is not None and of_storage else what
+        raise UserError(f"{said} ({first_line(cause)})") from None
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+    """Raises OSError for a folder that cannot be looked into, where a glob would find nothing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and (path / STATE).exists())
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     keys = {"step", "schedule_hash", "world_size", "scheduler", "tensors", "files"}
+    with named(checkpoint / STATE):
+        content = (checkpoint / STATE).read_bytes()
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
+        state = json.loads(content)
         missing = keys - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{checkpoint / STATE}: cannot be read: {first_line(error)}; {NEXT}") from None
     if missing:
         raise UserError(f"{checkpoint / STATE}: has no {', '.join(sorted(missing))}; {NEXT}")
@@ -253,7 +263,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 def _make_room(staged: Path) -> None:
     with _blaming(f"{staged.parent}: no checkpoint can be written"):
         for left in staged.parent.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left)
+            if left.exists():
+                shutil.rmtree(left)
         (staged / SHARDS).mkdir(parents=True)
 
 
@@ -263,19 +274,16 @@ def _publish(staged: Path, target: Path, state: Mapping[str, Any], keep: int) ->
             raise UserError(f"{staged / name}: not seen from rank 0: `out` must be in a folder that all machines share")
     with _blaming(f"{target}: cannot be written, and the checkpoint before it is whole"):
         (staged / STATE).write_text(json.dumps(state))
-        _fsync(staged / STATE)
+        fsync_file(staged / STATE)
         fsync_folder(staged / SHARDS)
         fsync_folder(staged)
         if target.exists():  # not complete, or of another schedule
             shutil.rmtree(target)
         staged.rename(target)
         fsync_folder(target.parent)
-        kept = _complete(target.parent)[-keep:]
-        for old in set(target.parent.glob("step-*")).difference(kept):
+        # looked at once: on a shared file system one of two looks may be older than the other
+        there = [path for path in target.parent.iterdir() if path.name.startswith("step-") and path.exists()]
+        kept = sorted({target, *(path for path in there if (path / STATE).exists())})[-keep:]
+        for old in set(there).difference(kept):
             # renamed first: one that is deleted in part must not look complete
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -11,7 +11,6 @@ Shapes: N tokens of a micro-batch, S sources, W bins of weights.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from gftdata.shards import Index
+from gftdata.store import named, replacing
 from gftdata.types import SELF
 from gfttrain.config import ObjectiveConfig
 from gfttrain.objective import is_clipped, is_rectified, rectified_coefficient
@@ -132,7 +132,7 @@ def data_metrics(index: Index, selection: Selection, step: Step) -> Metrics:
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     """One line of JSON; a value that is not finite becomes null, which JSON can say."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    with path.open("a", encoding="utf-8") as file:
+    with named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
 
 
@@ -140,13 +140,10 @@ def cut_back(path: Path, steps: int) -> None:
     """Drop the lines of steps that a resumed run will do again."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= steps]
-    staged = path.with_suffix(".staged")
-    with staged.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    with named(path):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with replacing(path) as file:
+        file.writelines(line.encode() for line in lines if _step_of(line) <= steps)
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,8 @@
 """The journal of finished samples: what a kill can do to it, and what it must not."""
 
 import base64
+import errno
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -171,3 +173,13 @@ def test_a_sample_becomes_the_entry_of_its_place() -> None:
 def test_numbers_are_stored_little_endian(tmp_path: Path) -> None:
     path = write(tmp_path, [Entry("self", 0, 0, "", np.array([258], np.int32), np.zeros(1, np.float32), "stop", 1, "")])
     assert base64.b64encode(b"\x02\x01\x00\x00") in path.read_bytes()
+
+
+def test_a_full_disk_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, line: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(attempt(tmp_path)) as journal, monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*00002/.*jsonl'"):
+            journal.append(2, entry())

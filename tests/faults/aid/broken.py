@@ -116,7 +116,7 @@ def write(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def generation(out: Path, **changes: Any) -> dict[str, Any]:
-    """4 prompts in 2 shards: an expert, a teacher's text, one drawn from a teacher, two of the model's own."""
+    """4 prompts in 2 shards: an expert response, one drawn from a teacher, two of the model's own."""
     teacher = {"name": "again", "model": str(MODEL), "count": 1}
     return {
         "model": str(MODEL),

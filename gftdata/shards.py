@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gftdata.errors import UserError, first_line
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
-from gftdata.store import FolderStore, Store, named
+from gftdata.store import FolderStore, Store, named, read_file
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 QUARANTINE = "quarantine"  # of prompts: QUARANTINE.jsonl in a finished data set, a folder of .work/ before
@@ -268,7 +268,7 @@ def read_manifest(folder: Path) -> Manifest:
                 else "no manifest.json"
             )
         )
-    return parse_manifest(path.read_bytes(), str(path))
+    return parse_manifest(read_file(path), str(path))
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:

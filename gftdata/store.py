@@ -99,8 +99,7 @@ class FolderStore:
         return (self.folder / name).exists()
 
     def read(self, name: str) -> bytes:
-        with named(self.folder / name):
-            return (self.folder / name).read_bytes()
+        return read_file(self.folder / name)
 
     def write(self, name: str, data: bytes) -> None:
         with replacing(self.folder / name) as file:
@@ -181,6 +180,12 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content; an OSError names the file also where reading fails after it was opened."""
+    with named(path):
+        return path.read_bytes()
 
 
 def hold(lock: IO[str], how: int, otherwise: str) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from gftdata.errors import UserError, first_line
-from gftdata.store import fsync_file, fsync_folder, named
+from gftdata.store import fsync_file, fsync_folder, read_file
 from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
 FOLDER, SHARDS, STATE, EXTRA = "checkpoints", "shards", "state.json", "extra."
@@ -124,13 +124,20 @@ def restore(
         _collective(
             state_dict_loader.load, world, tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS))
         )
-        files = [load_file(checkpoint / _own_file(rank)) for rank in range(state["world_size"])]
+        files = [_load(checkpoint / _own_file(rank)) for rank in range(state["world_size"])]
     scheduler.load_state_dict(state["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     if state["world_size"] == world.size:
         _set_random_states(files[world.rank], world.device)
     return {key[len(EXTRA) :]: tensor for file in files for key, tensor in file.items() if key.startswith(EXTRA)}
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except RuntimeError as error:  # how safetensors says that a file cannot be opened
+        raise OSError(first_line(error)) from None
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -248,8 +255,7 @@ def _complete(folder: Path) -> list[Path]:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     keys = {"step", "schedule_hash", "world_size", "scheduler", "tensors", "files"}
-    with named(checkpoint / STATE):
-        content = (checkpoint / STATE).read_bytes()
+    content = read_file(checkpoint / STATE)
     try:
         state = json.loads(content)
         missing = keys - state.keys()

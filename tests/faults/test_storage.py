@@ -68,7 +68,7 @@ def test_an_operation_fails(name: str, world: World, rng: Random, num_cases: Cou
             assert not gone and progress(what) >= safe, f"what was safe is not there any more: {gone}"
             finish(world, what, wanted)
         except AssertionError as error:
-            wrong.append(f"{fault} {operation}\n    {str(error)[-700:]}")
+            wrong.append(f"{fault} {operation}\n    {str(error)[:700]}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -251,11 +251,17 @@ def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     def fails(*args: object, **kwargs: object) -> None:
         raise OSError(5, "Input/output error")
 
+    def cannot_open(path: Path) -> None:  # as safetensors says it
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Permission denied (13)")
+
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load_file", fails)
         with pytest.raises(UserError, match="cannot be read: when it can, the same command goes on") as caught:
             restore(path, *training.parts())
         assert "delete" not in str(caught.value)
+        patch.setattr(checkpoint, "load_file", cannot_open)
+        with pytest.raises(UserError, match=r"cannot be read: .*unable to open file"):
+            restore(path, *training.parts())
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", fails)
         with pytest.raises(OSError, match=r"Input/output error: '.*state.json'"):

@@ -172,6 +172,27 @@ def evaluation(out: Path) -> dict[str, Any]:
     }
 
 
+def comparison(out: Path, data: Path) -> dict[str, Any]:
+    """One method of 3 steps, and the untrained model."""
+    own = ("model", "data", "out", "objective")
+    train = {key: value for key, value in training(out, data, epochs=1).items() if key not in own}
+    evaluate = {key: value for key, value in evaluation(out).items() if key not in own}
+    evaluate["benchmarks"] = evaluate["benchmarks"][:1]
+    named = {"model": str(MODEL), "data": str(data), "out": str(out), "methods": ["GFT"]}
+    return {**named, "train": train, "eval": evaluate}
+
+
+def comparison_of(out: Path) -> Parts:
+    """Each model's results and the run; the table; of the report, which says when it was made, that it is there."""
+    found = {f"base: {name}": part for name, part in results_of(out / "base").items()}
+    found |= {f"gft: {name}": part for name, part in (run_of(out / "gft") | results_of(out / "gft")).items()}
+    if (out / "comparison.json").exists():
+        found["comparison.json"] = json.loads((out / "comparison.json").read_bytes())
+    if (out / "report.html").exists():
+        found["report.html"] = (out / "report.html").read_text().endswith("</html>\n")
+    return found
+
+
 def results_of(out: Path) -> Parts:
     """The samples of each benchmark and its result."""
     found: Parts = {}
@@ -233,6 +254,9 @@ def command(name: str, world: World, case: Path) -> Command:
     if name == "eval":
         words = "eval", write(case / "e.yaml", evaluation(out))
         return Command(words, lambda: results_of(out), "compared: result")
+    if name == "compare":
+        words = "compare", write(case / "c.yaml", comparison(out, data))
+        return Command(words, lambda: comparison_of(out), "report.html")
     derived: dict[str, tuple[str | Path, ...]] = {
         "rejudge": ("rejudge", data, "--out", out, "--reward", "exact"),
         "rescore": ("rescore", data, "--out", out, "--model", MODEL, "--set", "engine.device=cpu"),
@@ -281,6 +305,7 @@ NAMES = (
     "train",
     "train-lora",
     "eval",
+    "compare",
     "rejudge",
     "rescore",
     "merge",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, T
 
 from gftdata.errors import UserError
 from gftdata.formats import EXPERT_COLUMN, Format
+from gftdata.store import named
 from gftdata.types import EXPERT, TEACHER_PREFIX, Sampling
 
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -437,7 +438,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such config file; `gft init` writes a starter config")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with named(path):
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

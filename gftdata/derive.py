@@ -39,7 +39,7 @@ from gftdata.prepare import check_engine, quarantined, sole_writer, tokenizer_re
 from gftdata.rewards import resolve
 from gftdata.schema import check_rows, groups_to_table, schema, table_to_groups
 from gftdata.shards import DATA, MANIFEST, QUARANTINE, WORK, Derivation, Index, Manifest, ModelRecord
-from gftdata.store import FolderStore
+from gftdata.store import FolderStore, read_file
 from gftdata.summary import summarise
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import Group, ScoreRequest, Unscored
@@ -162,7 +162,7 @@ def finalize(job: Job) -> Manifest:
     for record in records:
         shards.check_record(store, record, out / DATA / record.name)
     refused = {key: line for source in job.sources for key, line in source.quarantine.items()}
-    refused |= {key: (out / WORK / QUARANTINE / f"{key}.json").read_text() for key in sorted(quarantined(store))}
+    refused |= {key: read_file(out / WORK / QUARANTINE / f"{key}.json").decode() for key in sorted(quarantined(store))}
     if refused:
         shards.write_atomic(out / f"{QUARANTINE}.jsonl", "".join(f"{line}\n" for line in refused.values()))
     unnamed = sum(source.manifest.prompts_quarantined - len(source.quarantine) for source in job.sources)
@@ -180,7 +180,7 @@ def finalize(job: Job) -> Manifest:
         "derived": (*job.manifest.derived, job.derivation),
     }
     if (out / WORK / ENGINE).is_file():
-        changes["engine"] = (out / WORK / ENGINE).read_text()
+        changes["engine"] = read_file(out / WORK / ENGINE).decode()
     manifest = job.manifest.model_copy(update=changes)
     shards.write_manifest(store, manifest)
     shutil.rmtree(out / WORK / "staged", ignore_errors=True)
@@ -346,7 +346,7 @@ def check_output(out: Path, sources: Sequence[Source], now: Derivation) -> None:
             raise UserError(f"{out}: not empty, and not begun by gft {now.by}; {advice}")
         return
     try:
-        before = Derivation.model_validate_json(plan.read_bytes())
+        before = Derivation.model_validate_json(read_file(plan))
     except ValidationError:
         raise UserError(f"{plan}: is damaged; {advice}") from None
     if before.by != now.by:
@@ -368,7 +368,7 @@ def read_source(folder: Path) -> Source:
     first, path = shards.shard_paths(folder, manifest)[0], folder / f"{QUARANTINE}.jsonl"
     with shards.open_parquet(first, str(first)) as file:
         narrow = file.schema_arrow.field("ref_logprobs").type == schema("float16").field("ref_logprobs").type
-    lines = path.read_text(encoding="utf-8").splitlines() if manifest.prompts_quarantined and path.is_file() else []
+    lines = read_file(path).decode().splitlines() if manifest.prompts_quarantined and path.is_file() else []
     try:
         given_up = {json.loads(line)["prompt_id"]: line for line in lines}
     except (ValueError, TypeError, KeyError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gftdata.errors import UserError, first_line, quoted
 from gftdata.shards import QUARANTINE
-from gftdata.store import FULL
+from gftdata.store import FULL, HERE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
@@ -125,6 +125,8 @@ def _explained(error: Exception, repo: str, command: Literal["push", "pull"], re
         return "the Hub asks to wait: too many requests or commits; give the same command again later, it continues"
     if isinstance(error, OSError) and error.errno in FULL:
         return f"cannot be kept: {first_line(error)}; make room, then give the same command again, it continues"
+    if isinstance(error, OSError) and error.errno in HERE:
+        return f"the disk here fails: {first_line(error)}; mend that, then give the same command again, it continues"
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return f"the Hub has refused it: {' '.join(str(error).split())[:300]}"
     done = "taken" if command == "push" else "given"

@@ -7,13 +7,14 @@ puts it back. The other direction: `exports.py`.
 """
 
 import difflib
+import filecmp
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gftdata.errors import UserError
 from gftdata.prompts import file_rows, hub_rows
@@ -77,9 +78,8 @@ def import_prompts(
     own = Places(ANSWER, MODEL_ANSWER) if layout == "authors" else Places()
     places = Places(expert or own.expert, teacher or own.teacher)
     prompts, config = out / PROMPTS, out / CONFIG
-    for path in (prompts, config):
-        if path.exists():
-            raise UserError(f"{path}: exists already and is not overwritten; name another folder (--out)")
+    if config.exists():
+        refuse_existing(prompts if prompts.exists() else config)
     check_writable(out)
     rows = file_rows(source, "SOURCE") if Path(source).is_file() else _loaded(source, subset, split)
     counts: Counter[str] = Counter()
@@ -109,6 +109,10 @@ def import_prompts(
         if not counts["rows"]:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
             raise UserError(f"{source}: no row of it can be a prompt ({reasons or 'it has none'})")
+        file.flush()
+        # the same: left by an import that was cut off before it wrote the config
+        if prompts.exists() and not filecmp.cmp(file.name, prompts, shallow=False):
+            refuse_existing(prompts)
     imported = Imported(
         prompts=prompts,
         config=config,
@@ -123,6 +127,10 @@ def import_prompts(
     )
     write_atomic(config, config_text(layout, source, imported, places, model))
     return imported
+
+
+def refuse_existing(path: Path) -> NoReturn:
+    raise UserError(f"{path}: exists already and is not overwritten; name another folder (--out)")
 
 
 def _loaded(source: str, subset: str | None, split: str) -> Iterator[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gftdata.errors import UserError
-from gftdata.store import FolderStore, Store
+from gftdata.store import FolderStore, Store, named
 from gftdata.types import FinishReason, LogProbs, Sample, TokenIds
 
 JOURNAL = ".work/journal"
@@ -95,13 +95,17 @@ class FileJournal:
     def append(self, shard: int, entry: Entry) -> None:
         line = _line(entry, shard)
         descriptor = self._open(shard)
-        while line:  # a write may be cut short by a signal or a full disk
-            line = line[os.write(descriptor, line) :]
+        with named(self._path(shard)):
+            while line:  # a write may be cut short by a signal or a full disk
+                line = line[os.write(descriptor, line) :]
 
     def close_shard(self, shard: int) -> None:
         if (descriptor := self._files.pop(shard, None)) is not None:
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                with named(self._path(shard)):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def drop_shard(self, shard: int) -> None:
         self._path(shard).unlink(missing_ok=True)

@@ -50,7 +50,7 @@ from gftdata.shards import (
     shard_problems,
     verify,
 )
-from gftdata.store import FULL, S3, fsync_folder, open_s3, open_store, s3_failed
+from gftdata.store import FULL, S3, fsync_file, fsync_folder, open_s3, open_store, s3_failed
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 CONNECTIONS = 16  # shards whose short columns are read at the same time: remote ones cost waiting, not work
@@ -327,7 +327,7 @@ def _into_cache(record: ShardRecord, where: str, download: Callable[[Path], None
                 try:
                     download(staged)
                     if not (difference := _differs(staged, record)):
-                        _fsync(staged)
+                        fsync_file(staged)
                         staged.replace(target)
                         fsync_folder(folder)
                         return target
@@ -354,8 +354,3 @@ def _lock(path: Path) -> Iterator[None]:
         with suppress(OSError):  # some shared file systems have no locks: then each downloads
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -298,13 +298,24 @@ def sole_writer(out: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            worth_keeping = any((out / WORK / "journal").rglob("*.jsonl")) or any((out / DATA).glob("*"))
-            if created and not worth_keeping:
-                shutil.rmtree(out / WORK, ignore_errors=True)
-                with suppress(OSError):  # a folder above may hold another run's output by now: only empty ones go
-                    for folder in created[1:]:
+            if created and not _is_begun(out):
+                with suppress(OSError):  # .work/ after data/: it marks a folder that does not go as one to go on with
+                    if (out / DATA).exists():
+                        (out / DATA).rmdir()
+                    shutil.rmtree(out / WORK)
+                    for folder in created[1:]:  # one above may hold another run's output by now: only empty ones go
                         folder.rmdir()
             raise
+
+
+def _is_begun(out: Path) -> bool:
+    """Whether there is a sample or a shard; also where nobody can tell: on a disk that fails nothing is taken back."""
+    journal = out / WORK / "journal"
+    try:
+        # listed, for a glob passes over what it may not look into
+        return any(path.exists() and any(path.iterdir()) for path in (journal, out / DATA))
+    except OSError:
+        return True
 
 
 def create_output(config: GenerateConfig, store: Store, tokenizer: Tokenizer) -> Plan:

@@ -29,7 +29,7 @@ from gftdata.shards import (
     verify,
     write_atomic,
 )
-from gftdata.store import fsync_folder, hold
+from gftdata.store import fsync_folder, hold, read_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -67,7 +67,7 @@ def pull(repo: str, folder: Path, *, revision: str | None = None, on_event: List
             raise UserError(f"{repo}: has no {MANIFEST}: not a finished data set of gft generate")
         manifest = parse_manifest(small[MANIFEST], f"{repo}/{MANIFEST}")
         _check_listing(api, repo, commit, manifest)
-    if (folder / MANIFEST).is_file() and (folder / MANIFEST).read_bytes() != small[MANIFEST]:
+    if (folder / MANIFEST).is_file() and read_file(folder / MANIFEST) != small[MANIFEST]:
         raise UserError(f"{folder}: holds another data set, or another version of this one; name another folder")
     missing = [record for record in manifest.shards if not _is_there(folder, record)]
     num_bytes = sum(record.bytes for record in missing)

@@ -32,6 +32,7 @@ from gftdata.hub import (
 )
 from gftdata.leaks import Private, find_leaks, find_secret, private_here
 from gftdata.shards import DATA, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest, verify
+from gftdata.store import read_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
@@ -120,8 +121,8 @@ def plan_push(
     files = [
         *(Upload(f"{DATA}/{r.name}", folder / DATA / r.name, r.bytes, r.sha256) for r in manifest.shards),
         _upload(CARD, card.encode()),
-        *(_upload(name, (folder / name).read_bytes()) for name in (REFUSED,) if (folder / name).is_file()),
-        _upload(MANIFEST, (folder / MANIFEST).read_bytes()),
+        *(_upload(name, read_file(folder / name)) for name in (REFUSED,) if (folder / name).is_file()),
+        _upload(MANIFEST, read_file(folder / MANIFEST)),
     ]
     return Plan(repo, manifest, card, tuple(files))
 
@@ -260,7 +261,7 @@ def _same(file: Upload, there: "RepoFile | None") -> bool:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == file.sha256
-    content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
+    content = file.source if isinstance(file.source, bytes) else read_file(file.source)
     return there.blob_id == git_hash(content)
 
 

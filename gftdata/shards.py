@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gftdata.errors import UserError, first_line
 from gftdata.schema import SCHEMA_VERSION, check_rows, check_schema, parquet_options
 from gftdata.sealed import read_sealed, sealed
-from gftdata.store import FolderStore, Store
+from gftdata.store import FolderStore, Store, named, read_file
 
 DATA, WORK, MANIFEST = "data", ".work", "manifest.json"
 QUARANTINE = "quarantine"  # of prompts: QUARANTINE.jsonl in a finished data set, a folder of .work/ before
@@ -178,6 +178,8 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: cannot be a folder, {there} is a file")
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        raise UserError(f"{folder}: cannot be written, the file system of {there} is read-only")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written, no permission in {there}")
 
@@ -193,7 +195,8 @@ def publish_shard(store: Store, shard: int, num_shards: int, table: pa.Table, ro
     by_size = max(1, int(MAX_ROW_GROUP_BYTES / max(1, table.nbytes / max(1, table.num_rows))))
     with store.staging() as folder:
         staged = folder / f"{name}.{uuid.uuid4().hex}"
-        pq.write_table(table, staged, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
+        with named(staged):
+            pq.write_table(table, staged, row_group_size=min(row_group_size, by_size), **parquet_options(dtype))
         store.publish(staged, f"{DATA}/{name}")
 
 
@@ -268,8 +271,8 @@ def prompt_ids(path: Path, where: str) -> list[str]:
 def open_parquet(source: Path | BinaryIO, where: str) -> Iterator[pq.ParquetFile]:
     """A shard, its schema checked; its pages are compared with their checksums as they are read.
 
-    Raises UserError, which names the file as `where`, also for what is read of it inside the block; of an open file,
-    its OSError: whoever opened it knows what that means.
+    Raises UserError, which names the file as `where`, also for what is read of it inside the block; an OSError of the
+    system's as it is: of a path it names the file, and whoever opened an open one knows what it means.
     """
     try:
         with pq.ParquetFile(source, pre_buffer=not isinstance(source, Path), page_checksum_verification=True) as file:
@@ -281,8 +284,9 @@ def open_parquet(source: Path | BinaryIO, where: str) -> Iterator[pq.ParquetFile
             raise
         raise UserError(f"{where}: this shard is missing; `gft validate` lists all that is wrong") from None
     except PARQUET_FAILURES as error:
-        arrows_own = not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
-        if not isinstance(source, Path) and not arrows_own:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            if isinstance(source, Path) and error.filename is None:  # the disk's failure, which is no damage
+                error.filename = str(source)
             raise
         raise UserError(
             f"{where}: cannot be read: {first_line(error)[:200]}; it is damaged, `gft validate` lists all that is wrong"
@@ -360,7 +364,7 @@ def package_versions() -> dict[str, str]:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with path.open("rb") as file, named(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -385,7 +389,7 @@ def read_manifest(folder: Path) -> Manifest:
                 else "no manifest.json"
             )
         )
-    return parse_manifest(path.read_bytes(), str(path))
+    return parse_manifest(read_file(path), str(path))
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
@@ -479,6 +483,8 @@ def shard_problems(path: Path, record: ShardRecord, seen: dict[str, str], where:
                 yield f"{where}: {tokens} response tokens, the manifest says {record.response_tokens}"
     except UserError as error:
         yield str(error)
+    except OSError as error:
+        yield f"{where}: cannot be read: {error.strerror or first_line(error)}"
 
 
 @dataclass(frozen=True, slots=True)

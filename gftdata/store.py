@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 S3 = re.compile(r"s3://(?P<path>[^/\s]+(?:/\S+)?)")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+HERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EXDEV)  # not the network
 STAGED = ".work/staged"  # in a folder: files that are not yet what they are going to be
 
 
@@ -98,7 +99,7 @@ class FolderStore:
         return (self.folder / name).exists()
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return read_file(self.folder / name)
 
     def write(self, name: str, data: bytes) -> None:
         with replacing(self.folder / name) as file:
@@ -109,16 +110,17 @@ class FolderStore:
             return False
         with self.staging() as folder:
             staged = folder / uuid.uuid4().hex
-            staged.write_bytes(data)
+            with named(staged):
+                staged.write_bytes(data)
             return self.publish(staged, name)
 
     def publish(self, staged: Path, name: str) -> bool:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(staged)
         won = _link(staged, target)
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # it is published, and what is left is put away with the folder
+            staged.unlink(missing_ok=True)
         fsync_folder(target.parent)
         return won
 
@@ -157,14 +159,33 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with staged.open("wb") as file:
+        with named(target), staged.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         staged.replace(target)
-        fsync_folder(target.parent)
-    finally:
-        staged.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # which would hide why
+            staged.unlink(missing_ok=True)
+        raise
+    fsync_folder(target.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about, where the system's does not: reading, writing, making durable."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content; an OSError names the file also where reading fails after it was opened."""
+    with named(path):
+        return path.read_bytes()
 
 
 def hold(lock: IO[str], how: int, otherwise: str) -> None:
@@ -180,11 +201,18 @@ def hold(lock: IO[str], how: int, otherwise: str) -> None:
         return
 
 
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with path.open("rb") as file, named(path):
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

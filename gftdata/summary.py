@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gftdata.shards import SourceSummary, Summary
+from gftdata.store import named
 from gftdata.types import EXPERT
 
 _COLUMNS = ["responses", "sources", "rewards", "finish_reasons", "num_tokens", "ref_logprob_means"]
@@ -66,7 +67,7 @@ def summarise(paths: Iterable[Path]) -> Summary:
 
 def _batches(paths: Iterable[Path]) -> Iterator[pa.RecordBatch]:
     for path in paths:
-        with pq.ParquetFile(path) as file:
+        with named(path), pq.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_COLUMNS)
 
 

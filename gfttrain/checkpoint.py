@@ -9,7 +9,6 @@ A checkpoint is staged, made durable and renamed into place, so that a crash whi
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from gftdata.errors import UserError, first_line
 from gftdata.sealed import read_sealed, sealed
 from gftdata.shards import sha256_file
-from gftdata.store import fsync_folder
+from gftdata.store import fsync_file, fsync_folder, read_file
 from gfttrain.distributed import World, any_over, first_does, gather_json, reshard, together
 
 FOLDER, SHARDS, STATE, EXTRA = "checkpoints", "shards", "state.json", "extra."
@@ -89,7 +88,7 @@ def save(
         save_file(_random_states(world.device) | extra, own)
         paths = [own, *(staged / SHARDS).glob(f"shard-{world.rank + 1:05d}-*")]
         for path in paths:  # each rank its own: what another machine holds, it alone can bring to the disk
-            _fsync(path)
+            fsync_file(path)
         files = {str(path.relative_to(staged)): _file_record(path) for path in paths}
     state = {
         "step": position.step,
@@ -129,17 +128,25 @@ def restore(
         _check_fits(checkpoint, state["tensors"], tensors)
         _make_optimizer_state(model, optimizer, state["tensors"])
         tensors |= _optimizer_tensors(model, optimizer)
-    with together(world), _blaming(f"{checkpoint}: damaged; {NEXT}"):
+    unreadable = f"{checkpoint}: cannot be read: when it can, the same command goes on from it"
+    with together(world), _blaming(f"{checkpoint}: damaged; {NEXT}", unreadable):
         _collective(
             state_dict_loader.load, world, tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS))
         )
-        files = [load_file(checkpoint / _own_file(rank)) for rank in range(state["world_size"])]
+        files = [_load(checkpoint / _own_file(rank)) for rank in range(state["world_size"])]
     scheduler.load_state_dict(state["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     if state["world_size"] == world.size:
         _set_random_states(files[world.rank], world.device)
     return {key[len(EXTRA) :]: tensor for file in files for key, tensor in file.items() if key.startswith(EXTRA)}
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except RuntimeError as error:  # how safetensors says that a file cannot be opened
+        raise OSError(first_line(error)) from None
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -233,27 +240,34 @@ def _collective(
 
 
 @contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Say of every failure of storage what it means to the run."""
+def _blaming(what: str, storage: str | None = None) -> Iterator[None]:
+    """Say of every failure what it means to the run; `storage`: of the system's own errors, which speak of no content.
+
+    A file that is not there speaks of the content.
+    """
     try:
         yield
-    except CheckpointException as error:  # not an Exception; it holds what happened, by rank
-        raise UserError(f"{what} ({first_line(next(iter(error.failures.values()))[0])})") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{what} ({first_line(error)})") from None
+    except (CheckpointException, OSError, SafetensorError) as error:
+        # the first is not an Exception; it holds what happened, by rank
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        of_storage = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        said = storage if storage is not None and of_storage else what
+        raise UserError(f"{said} ({first_line(cause)})") from None
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+    """Raises OSError for a folder that cannot be looked into, where a glob would find nothing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and (path / STATE).exists())
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     keys = {"step", "schedule_hash", "world_size", "scheduler", "tensors", "files"}
     where = checkpoint / STATE
+    content = read_file(where)
     try:
-        state = read_sealed(where.read_bytes(), str(where), "the state of a checkpoint")
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {first_line(error)}; {NEXT}") from None
+        state = read_sealed(content, str(where), "the state of a checkpoint")
     except UserError as error:
         raise UserError(f"{error}; {NEXT}") from None
     if missing := keys - state.keys():
@@ -272,7 +286,8 @@ def _name(step: int) -> str:
 def _make_room(staged: Path) -> None:
     with _blaming(f"{staged.parent}: no checkpoint can be written"):
         for left in staged.parent.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left)
+            if left.exists():
+                shutil.rmtree(left)
         (staged / SHARDS).mkdir(parents=True)
 
 
@@ -282,15 +297,17 @@ def _publish(staged: Path, target: Path, state: Mapping[str, Any], keep: int) ->
             raise UserError(f"{staged / name}: not seen from rank 0: `out` must be in a folder that all machines share")
     with _blaming(f"{target}: cannot be written, and the checkpoint before it is whole"):
         (staged / STATE).write_text(json.dumps(sealed(state)))
-        _fsync(staged / STATE)
+        fsync_file(staged / STATE)
         fsync_folder(staged / SHARDS)
         fsync_folder(staged)
         if target.exists():  # not complete, or of another schedule
             shutil.rmtree(target)
         staged.rename(target)
         fsync_folder(target.parent)
-        kept = _complete(target.parent)[-keep:]
-        for old in set(target.parent.glob("step-*")).difference(kept):
+        # looked at once: on a shared file system one of two looks may be older than the other
+        there = [path for path in target.parent.iterdir() if path.name.startswith("step-") and path.exists()]
+        kept = sorted({target, *(path for path in there if (path / STATE).exists())})[-keep:]
+        for old in set(there).difference(kept):
             # renamed first: one that is deleted in part must not look complete
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
@@ -298,8 +315,3 @@ def _publish(staged: Path, target: Path, state: Mapping[str, Any], keep: int) ->
 def _file_record(path: Path) -> list[int | str]:
     """Bytes and sha256; safetensors itself has no checksum."""
     return [path.stat().st_size, sha256_file(path)]
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

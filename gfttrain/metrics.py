@@ -21,7 +21,7 @@ import torch
 
 from gftdata.errors import UserError
 from gftdata.shards import Index
-from gftdata.store import replacing
+from gftdata.store import named, read_file, replacing
 from gftdata.types import SELF
 from gfttrain.config import ObjectiveConfig
 from gfttrain.objective import is_clipped, is_rectified, rectified_coefficient
@@ -134,7 +134,7 @@ def data_metrics(index: Index, selection: Selection, step: Step) -> Metrics:
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     """One line of JSON; a value that is not finite becomes null, which JSON can say."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    with path.open("a", encoding="utf-8") as file:
+    with named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
 
 
@@ -145,7 +145,7 @@ def cut_back(path: Path, steps: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_file(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     with replacing(path) as file:

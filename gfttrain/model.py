@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from gftdata.engines.hf import load_model, token_logprobs
 from gftdata.errors import UserError, first_line
+from gftdata.store import fsync_file, fsync_folder
 from gftdata.tokens import Tokenizer
 from gfttrain.attention import NAME, build_masks
 from gfttrain.config import LoraConfig, TrainConfig
@@ -306,11 +308,30 @@ def export(state: dict[str, torch.Tensor], config: TrainConfig, tokenizer: Token
     """
     model, adapter = with_weights(config, state, AutoConfig.from_pretrained(config.model).dtype or torch.float32)
     staged = target.with_name(f".{target.name}.staged")
-    shutil.rmtree(staged, ignore_errors=True)
-    if adapter is not None:
-        adapter.save_pretrained(target.with_name("adapter"))
-        model = adapter.merge_and_unload()
-    model.save_pretrained(staged)
-    tokenizer.backend.save_pretrained(staged)
-    shutil.rmtree(target, ignore_errors=True)
-    staged.rename(target)
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        if adapter is not None:
+            adapter.save_pretrained(target.with_name("adapter"))
+            model = adapter.merge_and_unload()
+        model.save_pretrained(staged)
+        _save_tokenizer(tokenizer, staged)
+        for path in staged.iterdir():  # durable before its name says that the run is finished
+            fsync_file(path)
+        fsync_folder(staged)
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+        fsync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target}: cannot be written, and the last checkpoint is whole: mend that, and the same command goes on "
+            f"from it ({first_line(error)})"
+        ) from None
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        tokenizer.backend.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # how the tokenizers library says that a file cannot be written
+        raise OSError(first_line(error)) from None

@@ -18,6 +18,7 @@ from gftdata.errors import UserError
 from gftdata.locations import Shard, open_data, read_index
 from gftdata.models import model_revision
 from gftdata.shards import Index, Manifest, check_writable, write_atomic
+from gftdata.store import read_file
 from gftdata.summary import weakness
 from gftdata.tokens import Tokenizer, load_tokenizer
 from gftdata.types import SELF
@@ -145,12 +146,13 @@ def _check_model(config: TrainConfig, tokenizer: Tokenizer, location: str, manif
 
 def _check_output(config: TrainConfig, out: Path) -> None:
     check_writable(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    left = f".{RUN}."  # what a process left that was killed while it wrote the file
+    if not out.exists() or (out.is_dir() and all(path.name.startswith(left) for path in out.iterdir())):
         return
     try:
-        run = json.loads((out / RUN).read_bytes())
+        run = json.loads(read_file(out / RUN))
         recipe, revision = run["recipe"], run["revision"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise UserError(f"{out}: not empty and not a run of gft train; name another folder (out)") from None
     differing = recipe_differences(recipe, config.recipe())
     if differing:

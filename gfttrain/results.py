@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gftdata.errors import UserError
+from gftdata.store import named
 
 EVALS, EVALS_FOLDER = "evals.jsonl", "evals"
 
@@ -58,7 +59,7 @@ def append_result(run: Path, result: Result) -> None:
     """Add a line to RUN/evals.jsonl, in one write; the torn line that a kill left before it goes."""
     run.mkdir(parents=True, exist_ok=True)
     line = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False) + "\n"
-    with (run / EVALS).open("a+b") as file:
+    with named(run / EVALS), (run / EVALS).open("a+b") as file:
         file.seek(0)
         whole = file.read()
         file.truncate(whole.rfind(b"\n") + 1)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gftdata.errors import UserError
 from gftdata.journal import Entry, checked_line, checked_lines, read_journal
 from gftdata.shards import write_atomic
-from gftdata.store import FolderStore, replacing
+from gftdata.store import FolderStore, named, read_file, replacing
 from gftdata.types import SELF, Prompt, Verdict
 from gfttrain.estimates import Values
 from gfttrain.results import EVALS_FOLDER
@@ -132,8 +132,8 @@ def check_folder(folder: Path) -> None:
 def read_recipe(folder: Path) -> dict[str, Any] | None:
     """What the samples in a folder depend on; None where nothing was begun."""
     try:
-        found = json.loads((folder / RECIPE).read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(read_file(folder / RECIPE))
+    except (FileNotFoundError, ValueError):  # no other error of the system: what there is would be begun anew
         return None
     return found if isinstance(found, dict) else None
 
@@ -172,8 +172,9 @@ def open_verdicts(folder: Path, attempt: str) -> Iterator[Callable[[Key, Verdict
         source, row, index = key
         data = {"source": source, "row": row, "k": index, "reward": verdict.reward, "status": verdict.status}
         line = checked_line(data)
-        while line:
-            line = line[os.write(descriptor, line) :]
+        with named(path):
+            while line:
+                line = line[os.write(descriptor, line) :]
 
     try:
         yield append
@@ -185,7 +186,7 @@ def read_verdicts(folder: Path) -> dict[Key, Verdict]:
     """All verdicts so far. Raises UserError for a damaged line."""
     found: dict[Key, Verdict] = {}
     for path in sorted((folder / VERDICTS).glob("*.jsonl")):
-        for data in checked_lines(path.read_bytes(), str(path)):
+        for data in checked_lines(read_file(path), str(path)):
             key = (data["source"], data["row"], data["k"])
             found.setdefault(key, Verdict(data["reward"], data["status"]))
     return found

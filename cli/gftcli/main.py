@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gftdata.errors import OtherRankError, UserError
+from gftdata.errors import OtherRankError, UserError, storage_failed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -721,9 +721,10 @@ def _run() -> int:
     except OtherRankError:
         return 2
     except UserError as error:
-        # what is quoted may come from elsewhere: nothing in it steers the terminal
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full or fails, a folder that may not be written
+        print(f"error: {_printable(storage_failed(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"\nstopped by {stopped}; given again, the same command continues", file=sys.stderr)
@@ -732,6 +733,11 @@ def _run() -> int:
         print("\nstopped; given again, the command continues where that saves anything", file=sys.stderr)
         return 130
     return 0
+
+
+def _printable(text: str) -> str:
+    """One line; what is quoted in it may come from elsewhere, and nothing of that steers the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -304,6 +304,16 @@ def test_init_writes_configs_that_load_and_state_the_defaults(gft: Gft, tmp_path
     assert measured == EvalConfig(model="runs/train/final", benchmarks=[{**stated, "k": [1, 16]}], k=(1, 16))
     assert mine.ks == EvalConfig(model="m", benchmarks=[stated]).benchmarks[0].ks
     refused(gft, "init", "mine", saying=("generate.yaml", "not overwritten"))
+    text = (tmp_path / "mine" / "eval.yaml").read_text()
+    (tmp_path / "mine" / "eval.yaml").unlink()  # as if it had been cut off
+    refused(gft, "init", "mine", "--model", "other/model", saying=("generate.yaml", "not overwritten"))
+    assert gft("init", "mine", "--model", "some/model", "--prompts", "p.jsonl").code == 0
+    assert (tmp_path / "mine" / "eval.yaml").read_text() == text
+
+
+def test_an_error_of_the_system_is_one_line(gft: Gft) -> None:
+    config = write_config(Path("generate.yaml"))
+    refused(gft, "generate", config, "--out", "x" * 300, saying=("x" * 300, "File name too long", "kept"))
 
 
 def test_eval_finds_mistakes_before_it_samples_and_overwrites_nothing_of_yours(gft: Gft, tmp_path: Path) -> None:

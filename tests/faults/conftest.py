@@ -4,10 +4,12 @@
 comes from `--fault-seed`, which is printed, so that a failure can be tried again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from random import Random
 
 import pytest
+from aid.broken import World, open_world
 
 PROMISE, CASES = "promise", "cases"
 
@@ -48,6 +50,17 @@ def tried(request: pytest.FixtureRequest) -> Tried:
         request.node.user_properties += [(PROMISE, promise), (CASES, cases)]
 
     return say
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The commands that are broken on purpose, and what they work on."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(open_world(tmp_path_factory.mktemp("world")))
+        except FileNotFoundError:
+            pytest.skip("the faults of a file system are a C library (Linux), and there is no compiler `cc`")
+        yield found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

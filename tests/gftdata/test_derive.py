@@ -3,9 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal as signals
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -306,30 +303,6 @@ def test_a_stopped_rejudging_continues(generated: Path, tmp_path: Path) -> None:
         lambda: plan_rejudge(generated, tmp_path / "new", rejudge_config("exact")), tmp_path / "whole"
     )
     assert sum(event.kind == "judged" for event in events) == 6 * 4
-
-
-def test_a_killed_rejudging_continues(generated: Path, tmp_path: Path) -> None:
-    derive(plan_rejudge(generated, tmp_path / "whole", rejudge_config("exact")))
-    program = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from gftdata.config import RewardConfig\n"
-        "from gftdata.derive import RejudgeConfig, derive, plan_rejudge\n"
-        "def kill(event):\n"
-        "    if event.kind == 'shard': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if __name__ == '__main__':\n"
-        "    config = RejudgeConfig(reward=RewardConfig(name='exact', workers=1))\n"
-        "    derive(plan_rejudge(Path(sys.argv[1]), Path(sys.argv[2]), config), kill)\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    for published in (1, 2, 3):
-        command = [sys.executable, str(tmp_path / "program.py"), str(generated), str(tmp_path / "new")]
-        assert subprocess.run(command, check=False, timeout=120).returncode == -signals.SIGKILL
-        assert len(list((tmp_path / "new" / DATA).iterdir())) == published
-        assert not (tmp_path / "new" / MANIFEST).exists()
-    derive(plan_rejudge(generated, tmp_path / "new", rejudge_config("exact")))
-    assert rows_in(tmp_path / "new") == rows_in(tmp_path / "whole")
-    assert verify(tmp_path / "new") == []
 
 
 def test_only_the_same_derivation_is_continued(generated: Path, data: Path, tmp_path: Path, one_line: OneLine) -> None:

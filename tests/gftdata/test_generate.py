@@ -22,7 +22,7 @@ from gftdata.events import Event
 from gftdata.generate import generate
 from gftdata.groups import sample_seed
 from gftdata.journal import read_journal
-from gftdata.prepare import preview
+from gftdata.prepare import preview, sole_writer
 from gftdata.schema import table_to_groups
 from gftdata.shards import MANIFEST, WORK, Manifest, read_manifest, shard_paths, verify
 from gftdata.status import TASKS
@@ -448,7 +448,7 @@ def test_a_finished_set_is_left_alone(small: MakeConfig, monkeypatch: pytest.Mon
 def test_killed_at_random_times_and_continued_it_ends_the_same(
     finished: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """SIGKILL, five times; the processes come from a server that has torch loaded, to be quick."""
+    """SIGKILL, twice (hundreds of times: tests/faults); from a server that has torch loaded, to be quick."""
     seed = time.time_ns() % 10**6
     print("seed of the kills:", seed)
     rng = random.Random(seed)
@@ -457,7 +457,7 @@ def test_killed_at_random_times_and_continued_it_ends_the_same(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gftdata.generate", "gftdata.engines.hf"])
     progress = []
-    for _ in range(5):
+    for _ in range(2):
         process = context.Process(target=generate, args=(config,))
         process.start()
         while process.is_alive() and not (out / WORK / "plan.json").exists():
@@ -506,6 +506,32 @@ def test_a_kill_while_prompts_are_written_is_begun_anew(small: MakeConfig) -> No
         (left / f"{shard:05d}.jsonl").write_text("{half")
     generate(config)
     assert verify(Path(config.out)) == [] and len(groups_in(Path(config.out))) == 8
+
+
+def test_what_ends_before_the_first_shard_is_taken_back_or_can_be_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "made" / "out"
+    with pytest.raises(OSError), sole_writer(out):
+        (out / "data").mkdir()  # as where the publication of the first shard fails
+        raise OSError
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(OSError), sole_writer(out):
+        (out / "data").mkdir()
+        monkeypatch.setattr(Path, "rmdir", raise_interrupt_of_disk)
+        raise OSError
+    assert (out / WORK).is_dir()
+    with pytest.raises(OSError), sole_writer(tmp_path / "other"):
+        journal = tmp_path / "other" / WORK / "journal" / "00000"
+        journal.mkdir(parents=True)
+        (journal / "a.jsonl").write_text("a sample")
+        monkeypatch.setattr(Path, "iterdir", raise_interrupt_of_disk)
+        raise OSError
+    assert (journal / "a.jsonl").exists(), "on a disk that cannot be looked at nothing is taken back"
+
+
+def raise_interrupt_of_disk(*args: object) -> None:
+    raise OSError(5, "Input/output error")
 
 
 # ---- refused

@@ -1,5 +1,6 @@
 """push.py, pull.py and hub.py: the real client and the real command against a server that speaks the Hub's HTTP API."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from aid.fake_hub import READ, WRITE, FakeHub, Repo
 
 from gftdata.errors import UserError
-from gftdata.hub import repo_name
+from gftdata.hub import repo_name, said_in_one_line
 from gftdata.shards import read_manifest, verify
 
 REPO = "someone/sums"
@@ -130,6 +131,12 @@ def test_what_a_name_on_the_hub_may_be(name: str) -> None:
     assert repo_name("a/b") == repo_name("hf://datasets/a/b") == "a/b"
     with pytest.raises(UserError, match="expected owner/name"):
         repo_name(name)
+
+
+def test_a_disk_that_fails_is_not_the_network() -> None:
+    said = r"a/b: the disk here fails: \[Errno 30\] Read-only file system: 'a'; mend that"
+    with pytest.raises(UserError, match=said), said_in_one_line("a/b", "pull"):
+        raise OSError(errno.EROFS, "Read-only file system", "a")
 
 
 # ---- there and back

@@ -238,3 +238,24 @@ def test_a_data_source_for_each_row_must_be_a_name(write_jsonl: Write) -> None:
     settings["prompts"] = {**settings["prompts"], "data_source": "b"}  # type: ignore[dict-item]
     with pytest.raises(UserError, match="set one of the two"):
         validate_config(GenerateConfig, settings, "t")
+
+
+def test_an_import_that_was_cut_off_before_its_config_goes_on(
+    tmp_path: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl([verl_row(1)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gftdata.imports.write_atomic", raise_interrupt)
+        import_prompts("verl", str(source), tmp_path / "in")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["prompts.jsonl"]
+    other = write_jsonl([verl_row(2)], "other.jsonl")
+    before = (tmp_path / "in" / "prompts.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"prompts.jsonl: exists already and is not overwritten"):
+        import_prompts("verl", str(other), tmp_path / "in")
+    assert [path.read_bytes() for path in (tmp_path / "in").iterdir()] == [before]
+    assert import_prompts("verl", str(source), tmp_path / "in").rows == 1
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["generate.yaml", "prompts.jsonl"]
+
+
+def raise_interrupt(*args: object) -> None:
+    raise KeyboardInterrupt

@@ -1,6 +1,8 @@
 """The journal of finished samples: what a kill can do to it, and what it must not."""
 
 import base64
+import errno
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -180,3 +182,13 @@ def test_a_journal_in_another_shards_folder_is_refused(tmp_path: Path) -> None:
     shard_folder(tmp_path, 0).rename(shard_folder(tmp_path, 1))
     with pytest.raises(UserError, match=r"00001/one.jsonl: line 1 is damaged"):
         journals.read_journal(FolderStore(tmp_path), 1)
+
+
+def test_a_full_disk_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, line: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with closing(attempt(tmp_path)) as journal, monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*00002/.*jsonl'"):
+            journal.append(2, entry())

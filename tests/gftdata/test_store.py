@@ -1,5 +1,6 @@
 """Outputs in a folder and in an object store (moto's S3 server): what both promise, and whole generations to S3."""
 
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from aid.bucket import BUCKET, SECRET
 
 from gftdata import journal as journals
 from gftdata.config import GenerateConfig, validate_config
-from gftdata.errors import UserError
+from gftdata.errors import UserError, storage_failed
 from gftdata.finalize import finalize
 from gftdata.generate import generate
 from gftdata.journal import JOURNAL, Entry, open_journal, read_journal
@@ -226,6 +227,43 @@ def test_a_store_that_writes_over_what_is_there_is_refused(
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", forgetful)
     with pytest.raises(UserError, match="writes over what is there"):
         generate(config_of(settings(demo, f"s3://{BUCKET}/{tmp_path.name}")))
+
+
+@pytest.mark.parametrize("cleans_up", [True, False])
+def test_a_disk_that_fails_names_the_file_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleans_up: bool
+) -> None:
+    store = FolderStore(tmp_path)
+    store.write("a", b"before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "fsync", full)
+    if not cleans_up:
+        monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(OSError) as caught:
+        store.write("a", b"after")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    assert storage_failed(caught.value).startswith(f"{tmp_path / 'a'}: No space left on device; ")
+    assert store.read("a") == b"before"
+    assert len(list(tmp_path.iterdir())) == 1 + (not cleans_up)
+
+
+def test_what_is_published_is_published_though_its_staging_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FolderStore(tmp_path)
+
+    def fails(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    assert store.create("a", b"content")
+    assert store.read("a") == b"content"
 
 
 # In a process of its own: the n-th PUT of a shard is cut in the middle, or comes after one part of several, by a kill.

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -205,25 +204,6 @@ def test_each_task_does_its_own_and_the_last_one_finishes(settings: Settings, al
     assert generate(config, task=Task(1, 3, "test")) == read_manifest(tmp_path / "data")
     assert_same(tmp_path / "data", alone)
     assert finalize(store) == read_manifest(tmp_path / "data")
-
-
-def test_killed_and_submitted_again_with_another_number_of_tasks(
-    settings: Settings, alone: Path, tmp_path: Path
-) -> None:
-    seed = time.time_ns() % 10**6
-    print("seed of the kills:", seed)
-    rng = random.Random(seed)
-    out = tmp_path / "data"
-    for count in (4, 2, 3):
-        slow = settings(out, engine={"batch_size": 1})
-        processes = [start(slow, Task(index, count, "test")) for index in range(count)]
-        time.sleep(rng.uniform(1.0, 4.0))
-        for process in processes:
-            process.kill()
-            process.join()
-    assert generate(config_of(settings(out))) is not None
-    assert verify(out) == []
-    assert_same(out, alone)
 
 
 def test_copies_of_a_task_at_the_same_time(settings: Settings, alone: Path, tmp_path: Path) -> None:

@@ -230,6 +230,60 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "ok"
 
 
+def test_checkpoints_that_cannot_be_looked_at_are_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there seems to be none, a run begins anew, and deletes them."""
+    path = Training(ALONE).steps(1).save(tmp_path, 1)
+
+    def denied(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path.parent))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, denied)
+    with pytest.raises(PermissionError):
+        latest(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged checkpoint is to be deleted; one that cannot be read now is not."""
+    training = Training(ALONE).steps(1)
+    path = training.save(tmp_path, 1)
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def cannot_open(path: Path) -> None:  # as safetensors says it
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Permission denied (13)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", fails)
+        with pytest.raises(UserError, match="cannot be read: when it can, the same command goes on") as caught:
+            restore(path, *training.parts())
+        assert "delete" not in str(caught.value)
+        patch.setattr(checkpoint, "load_file", cannot_open)
+        with pytest.raises(UserError, match=r"cannot be read: .*unable to open file"):
+            restore(path, *training.parts())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(OSError, match=r"Input/output error: '.*state.json'"):
+            read_position(path)
+
+
+def test_a_listing_that_is_old_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a shared file system: rank 0 does not see, in one look or in all, what it has just written."""
+    training = Training(ALONE).steps(1)
+    first = training.save(tmp_path, 1)
+    listdir, looks = os.listdir, []
+
+    def old(folder: Any) -> list[str]:
+        looks.append(folder)
+        return [name for name in listdir(folder) if len(looks) % 2 or name != "step-00000002"]
+
+    monkeypatch.setattr(os, "listdir", old)
+    second = training.steps(2).save(tmp_path, 2)
+    monkeypatch.undo()
+    assert looks and (second / "state.json").exists() and first != second
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

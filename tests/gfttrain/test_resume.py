@@ -1,20 +1,14 @@
-"""Stopped at any moment and started again, a run ends with the same weights, bit by bit."""
+"""Stopped and started again, a run ends with the same weights, bit by bit. Killed at any moment: `tests/faults`."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import MODEL, ROOT, train_settings
+from training_helpers import MODEL, train_settings
 
 from gftdata.errors import UserError
 from gfttrain import metrics
@@ -79,14 +73,12 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: folder / name for name in RUNS}
 
 
-# a checkpoint every 2 steps, the old policy refreshed every 5: 7 goes on within a window, at 5 one begins
+# a checkpoint every 2 steps, the old policy refreshed every 5: 8 goes on within a window, at 5 one begins
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
-        ("GFT, cosine", [random.randrange(1, 12)]),
         ("GFT, cosine", [1, 4, 11]),
-        ("PSFT", [7, 8]),
-        ("PSFT", [5, random.randrange(6, 12)]),
+        ("PSFT", [5, 8]),
         ("padded", [3]),
     ],
 )
@@ -101,15 +93,6 @@ def test_interrupted_runs_end_with_the_same_bits(
     train(config, events.append)
     assert events[0].kind == "start" and events[0].step == (stops[-1] - 1) // 2 * 2  # nothing before is done again
     assert_same_run(tmp_path / "run", uninterrupted[name])
-
-
-def test_an_interruption_right_after_a_checkpoint(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
-    train_until(config, 6, "checkpoint")
-    events: list[Event] = []
-    train(config, events.append)
-    assert events[0].step == 6
-    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
 
 
 def test_the_learning_rate_goes_on_where_it_was(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
@@ -142,28 +125,6 @@ def test_a_model_that_has_dropout_trains_without(data: Path, tmp_path: Path) -> 
     assert abs(lines(tmp_path / "run")[0]["log_ratio/self"]) < 1e-5
 
 
-def test_a_torn_last_line_of_metrics_is_dropped(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
-    train_until(config, 4, "checkpoint")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    train(config)
-    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
-
-
-def test_a_half_written_checkpoint_is_not_used(uninterrupted: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = train_settings(data, tmp_path / "run", epochs=2, **RUNS["GFT, cosine"])
-    train_until(config, 6)
-    folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(folder / "step-00000004", folder / ".step-00000006")  # killed before the rename
-    (folder / "step-00000006").mkdir()  # not one of ours: without state.json it is not complete
-    events: list[Event] = []
-    train(config, events.append)
-    assert events[0].step == 4
-    assert_same_run(tmp_path / "run", uninterrupted["GFT, cosine"])
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000012"]
-
-
 def test_changed_data_is_refused_on_resume(data: Path, unjudged_data: Path, tmp_path: Path) -> None:
     moving = tmp_path / "data"
     shutil.copytree(data, moving)
@@ -182,6 +143,8 @@ def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
     assert not path.exists()
     for step in range(1, 6):
         metrics.append_line(path, {"step": step, "loss": float("nan") if step == 2 else 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')  # torn
     metrics.cut_back(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 0.5},
@@ -201,33 +164,3 @@ def test_a_damaged_line_of_metrics_is_named_and_a_torn_last_one_dropped(tmp_path
     path.write_bytes(b'{"step": 1}\n{"ste')
     metrics.cut_back(path, 1)
     assert path.read_bytes() == b'{"step": 1}\n'
-
-
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[2]))
-from gfttrain.config import TrainConfig
-from gfttrain.train import train
-train(TrainConfig.model_validate_json(sys.argv[1]))
-"""
-
-
-def test_three_kills(data: Path, tmp_path: Path) -> None:
-    settings = {"epochs": 10, "objective": {**METHODS["PSFT"].model_dump(), "refresh_every": 7}}  # 60 steps
-    whole = train_settings(data, tmp_path / "whole", **settings)
-    train(whole)
-    config = train_settings(data, tmp_path / "run", **settings)
-    path = tmp_path / "run" / "metrics.jsonl"
-    command = [sys.executable, "-c", PROGRAM, config.model_dump_json(), str(torch.get_num_threads())]
-    marks = sorted(random.sample(range(1, 40), 3))
-    for mark in marks:
-        process = subprocess.Popen(command, cwd=ROOT)
-        while process.poll() is None and not (path.is_file() and path.read_text().count("\n") >= mark):
-            time.sleep(0.002)
-        time.sleep(random.random() * 0.05)
-        print("killed at", mark, "after", path.read_text().count("\n"), "steps")
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "run" / "final").exists()
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from training_helpers import DEMO, MODEL, tiny_policy, train_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -383,6 +384,32 @@ def test_lora_exports_the_merged_model_and_the_adapter(data: Path, tmp_path: Pat
     assert changed and all("proj" in name for name in changed)
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     assert AutoModelForCausalLM.from_pretrained(out / "final").dtype == torch.float32
+
+
+def test_a_model_that_cannot_be_written_is_one_line_and_the_run_goes_on_from_its_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    config = train_settings(data, tmp_path / "run", max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        with pytest.raises(UserError, match=r"final: cannot be written, and the last checkpoint is whole: .*No space"):
+            train(config)
+    assert not (tmp_path / "run" / "final").exists()
+    events: list[Event] = []
+    train(config, events.append)
+    assert [event.kind for event in events] == ["start"] and (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_run_that_was_killed_while_it_marked_its_folder_begins_again(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.0a1b").write_text('{"rec')
+    assert prepare(train_settings(data, tmp_path / "run")).first_step == 0
+    (tmp_path / "run" / "other").touch()
+    with pytest.raises(UserError, match="not empty and not a run of gft train"):
+        prepare(train_settings(data, tmp_path / "run"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

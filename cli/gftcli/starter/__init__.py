@@ -4,18 +4,24 @@ from importlib.resources import files
 from pathlib import Path
 
 from gftdata.errors import UserError
+from gftdata.shards import write_atomic
 
 NAMES = ("generate.yaml", "train.yaml", "eval.yaml", "compare.yaml")
 
 
 def write_starter(folder: Path, *, model: str, prompts: str) -> list[Path]:
-    """Write the four files; none is overwritten."""
-    targets = [folder / name for name in NAMES]
-    for target in targets:
-        if target.exists():
+    """Write the four files, or those that are missing of them; none is overwritten."""
+    texts = {folder / name: _filled(name, model, prompts) for name in NAMES}
+    there = [target for target in texts if target.exists()]
+    for target in there:
+        if len(there) == len(texts) or target.read_text(encoding="utf-8") != texts[target]:
             raise UserError(f"{target}: exists already and is not overwritten; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for target in targets:
-        text = files("gftcli.starter").joinpath(target.name).read_text(encoding="utf-8")
-        target.write_text(text.replace("{{model}}", model).replace("{{prompts}}", prompts), encoding="utf-8")
-    return targets
+    for target, text in texts.items():
+        if target not in there:
+            write_atomic(target, text)
+    return list(texts)
+
+
+def _filled(name: str, model: str, prompts: str) -> str:
+    text = files("gftcli.starter").joinpath(name).read_text(encoding="utf-8")
+    return text.replace("{{model}}", model).replace("{{prompts}}", prompts)

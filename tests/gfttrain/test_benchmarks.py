@@ -72,6 +72,7 @@ def test_mistakes_are_said_once_and_where_they_are() -> None:
     assert "unknown key `benchmarks.0.num_sample`; did you mean `num_samples`?" in refusal(
         benchmarks=[{**two[0], "num_sample": 3}]
     )
+    assert "at least 1 item" not in refusal(benchmarks=["gsm8k"]) and "`benchmarks.0`" in refusal(benchmarks=["gsm8k"])
     assert "missing key `benchmarks.1.prompts`" in refusal(benchmarks=[two[0], {"name": "c"}])
     assert "missing key `benchmarks`" in str(refusal_of_nothing())
     assert "`benchmarks`" in refusal(benchmarks=[])

@@ -230,6 +230,14 @@ def comparison(console: Console) -> Iterator["Listeners"]:
                 drawn.update(samples=event.done, of=event.count)
             elif event.kind == "sample":
                 drawn["samples"] += 1
-            say(f"{event.benchmark}: {drawn['samples']:,} of {drawn['of']:,} samples")
+            say(f"{event.benchmark}: {_in_words(event, **drawn)}")
 
         yield Listeners(on_begin=on_begin, on_train=on_train, on_eval=on_eval)
+
+
+def _in_words(event: "EvalEvent", samples: int, of: int) -> str:
+    if event.kind == "there":
+        return "already there"
+    if event.kind == "reference":
+        return f"scoring {event.count:,} samples with the reference"
+    return f"{samples:,} of {of:,} samples"

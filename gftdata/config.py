@@ -478,9 +478,9 @@ def validate_config(kind: type[Config], data: Mapping[str, Any], where: str) -> 
 
 def _telling(error: ValidationError) -> list[dict[str, Any]]:
     """Errors of the file: not that a list whose entries are wrong has none left."""
-    found = [dict(each) for each in error.errors()]
+    found = error.errors()
     inner = {each["loc"][:n] for each in found for n in range(len(each["loc"]))}
-    return [each for each in found if each["type"] != "too_short" or each["loc"] not in inner]
+    return [dict(each) for each in found if each["type"] != "too_short" or each["loc"] not in inner]
 
 
 def recipe_differences(before: Any, now: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gftdata.config import COMPUTED, EngineConfig, HfConfig, PromptsConfig, RewardConfig
+from gftdata.config import COMPUTED, EngineConfig, HfConfig, PromptsConfig, RewardConfig, recipe_differences
 from gftdata.errors import UserError
 from gftdata.models import context_length, model_revision
 from gftdata.prepare import SGLANG_MARGIN, check_engine
@@ -44,6 +44,7 @@ class Benchmark:
     folder: Path
     num_drawn: int  # samples of this recipe that are there
     result: Result | None  # where it is finished with these settings
+    replaces: str = ""  # how the samples there were drawn otherwise: they go
 
     @property
     def name(self) -> str:
@@ -162,9 +163,12 @@ def _benchmark(
             "reference_revision": model_revision(settings.reference),
             "reference_engine": reference_engine(config).model_dump(mode="json", exclude=COMPUTED),
         }
-    begun = read_recipe(folder) == recipe
+    there = read_recipe(folder)
+    begun = there == recipe
     complete = begun and is_complete(folder)
-    found = Benchmark(settings, questions, recipe, folder, num_drawn(folder) if begun and not complete else 0, None)
+    num_there = num_drawn(folder) if begun and not complete else 0
+    replaces = "" if there is None else recipe_differences(there, recipe)
+    found = Benchmark(settings, questions, recipe, folder, num_there, None, replaces)
     if not complete:
         return found
     last = earlier.get(settings.name)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gftcli import show
+
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.events import Event as GenerateEvent
@@ -179,7 +181,9 @@ def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
 
         def listen(event: "EvalEvent") -> None:
             nonlocal tokens, began
-            if event.kind == "there":
+            if event.kind == "anew":
+                show.begins_anew(console, event.benchmark, event.note)
+            elif event.kind == "there":
                 console.print(f"{event.benchmark}: already there", highlight=False)
             elif event.kind == "benchmark":
                 tokens, began = 0, time.monotonic()
@@ -226,6 +230,9 @@ def comparison(console: Console) -> Iterator["Listeners"]:
             say(f"step {event.step} of {event.num_steps}  {note}")
 
         def on_eval(event: "EvalEvent") -> None:
+            if event.kind == "anew":
+                show.begins_anew(console, event.benchmark, event.note)
+                return
             if event.kind == "benchmark":
                 drawn.update(samples=event.done, of=event.count)
             elif event.kind == "sample":

@@ -70,6 +70,10 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
             "output": f"{config.out} (nothing was written)",
         },
     )
+    for one in found:
+        for benchmark in one.evaluation.benchmarks if one.evaluation else ():
+            if benchmark.replaces:
+                show.begins_anew(console, f"{name_of(one.run)}: {benchmark.name}", benchmark.replaces)
     for notice in notices:
         console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
 

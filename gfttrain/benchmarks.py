@@ -15,7 +15,7 @@ from gftdata.prepare import SGLANG_MARGIN, check_engine
 from gftdata.prompts import prompt_to_json, read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import check_writable
-from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
+from gftdata.tokens import Tokenizer, check_model_path, encode_prompt, load_tokenizer
 from gftdata.types import Prompt, TokenIds
 from gfttrain.config import BenchmarkConfig, EvalConfig
 from gfttrain.results import Result, read_results
@@ -89,6 +89,7 @@ def results_folder(config: EvalConfig) -> Path:
         raise UserError(f"{config.out}: results go to a folder of this machine or a shared one (out)")
     out = run_of(config.model) if config.out is None else Path(config.out)
     if out is None:
+        check_model_path(config.model)  # a run that is not there, or whose name is mistyped
         raise UserError(
             f"{config.model} is no run of gft train, so results need a folder: name one (out), e.g. --out runs/base"
         )

@@ -117,6 +117,8 @@ def test_results_go_to_the_run_or_to_the_folder_that_is_named(tmp_path: Path) ->
         assert results_folder(settings(model=str(model), out=str(tmp_path / "o"))) == tmp_path / "o"
     with pytest.raises(UserError, match="is no run of gft train, so results need a folder: name one"):
         results_folder(settings(out=None))
+    with pytest.raises(UserError, match="no such model folder"):
+        results_folder(settings(model="runs/not-yet/final", out=None))
     shutil.rmtree(run / "final")
     with pytest.raises(UserError, match="is not finished"):
         plan(settings(model=str(run), out=None))

@@ -114,8 +114,7 @@ def _train(config: TrainConfig, nproc: int, listeners: Listeners) -> None:
     """In this process; of several, each is `gft train` by itself, so that this one holds no device."""
     out = Path(config.out)
     if (out / FINAL).is_dir():
-        prepare.prepare(config)  # finished, and with these settings
-        return
+        return  # with these settings: `plan` has looked
     if nproc == 1:
         training.train(config, listeners.on_train)
         _release()

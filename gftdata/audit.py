@@ -177,7 +177,8 @@ def _rewards(counts: Counts) -> Iterator[Finding]:
             counts.groups_unjudged.examples,
             "gft train needs unjudged_groups: skip; `gft rejudge` judges again",
         )
-    if counts.without_signal.count:
+    of_one = summary.responses == summary.groups  # the advantage of a group's only response is its reward
+    if counts.without_signal.count and not of_one:
         everywhere = counts.without_signal.count + counts.groups_unjudged.count == summary.groups
         yield Finding(
             "no_signal",

@@ -473,7 +473,14 @@ def validate_config(kind: type[Config], data: Mapping[str, Any], where: str) -> 
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(kind, dict(e)) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_explain(kind, e) for e in _telling(error))) from None
+
+
+def _telling(error: ValidationError) -> list[dict[str, Any]]:
+    """Errors of the file: not that a list whose entries are wrong has none left."""
+    found = error.errors()
+    inner = {each["loc"][:n] for each in found for n in range(len(each["loc"]))}
+    return [dict(each) for each in found if each["type"] != "too_short" or each["loc"] not in inner]
 
 
 def recipe_differences(before: Any, now: Any) -> str:

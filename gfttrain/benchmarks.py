@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gftdata.config import COMPUTED, EngineConfig, HfConfig, PromptsConfig, RewardConfig
+from gftdata.config import COMPUTED, EngineConfig, HfConfig, PromptsConfig, RewardConfig, recipe_differences
 from gftdata.errors import UserError
 from gftdata.models import context_length, model_revision
 from gftdata.prepare import SGLANG_MARGIN, check_engine
 from gftdata.prompts import prompt_to_json, read_prompts
 from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
 from gftdata.shards import check_writable
-from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
+from gftdata.tokens import Tokenizer, check_model_path, encode_prompt, load_tokenizer
 from gftdata.types import Prompt, TokenIds
 from gfttrain.config import BenchmarkConfig, EvalConfig
 from gfttrain.results import Result, read_results
@@ -44,6 +44,7 @@ class Benchmark:
     folder: Path
     num_drawn: int  # samples of this recipe that are there
     result: Result | None  # where it is finished with these settings
+    replaces: str = ""  # how the samples there were drawn otherwise: they go
 
     @property
     def name(self) -> str:
@@ -88,6 +89,7 @@ def results_folder(config: EvalConfig) -> Path:
         raise UserError(f"{config.out}: results go to a folder of this machine or a shared one (out)")
     out = run_of(config.model) if config.out is None else Path(config.out)
     if out is None:
+        check_model_path(config.model)  # a run that is not there, or whose name is mistyped
         raise UserError(
             f"{config.model} is no run of gft train, so results need a folder: name one (out), e.g. --out runs/base"
         )
@@ -162,9 +164,12 @@ def _benchmark(
             "reference_revision": model_revision(settings.reference),
             "reference_engine": reference_engine(config).model_dump(mode="json", exclude=COMPUTED),
         }
-    begun = read_recipe(folder) == recipe
+    there = read_recipe(folder)
+    begun = there == recipe
     complete = begun and is_complete(folder)
-    found = Benchmark(settings, questions, recipe, folder, num_drawn(folder) if begun and not complete else 0, None)
+    num_there = num_drawn(folder) if begun and not complete else 0
+    replaces = "" if there is None else recipe_differences(there, recipe)
+    found = Benchmark(settings, questions, recipe, folder, num_there, None, replaces)
     if not complete:
         return found
     last = earlier.get(settings.name)

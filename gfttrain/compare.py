@@ -3,6 +3,7 @@
 Which runs there are is compare_config.py's, what their results say together comparison.py's.
 """
 
+import fcntl
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import yaml
 from gftdata.engines.hf import pick_device
 from gftdata.errors import UserError
 from gftdata.shards import check_writable, write_atomic
+from gftdata.store import hold
 from gfttrain import benchmarks, forecast, prepare, report
 from gfttrain import evaluate as evaluation
 from gfttrain import train as training
@@ -24,7 +26,7 @@ from gfttrain.distributed import launch
 from gfttrain.results import Result
 from gfttrain.runs import FINAL
 
-REPORT = "report.html"
+REPORT, LOCK = "report.html", ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +88,20 @@ def compare(config: CompareConfig, listeners: Listeners | None = None, nproc: in
     the code of a training of several processes that failed.
     """
     listeners = listeners or Listeners()
-    check_writable(runs(config)[0].folder.parent)
+    out = Path(config.out)
+    check_writable(out)
     plan(config, estimate=False)
+    out.mkdir(parents=True, exist_ok=True)
     every = runs(config)
-    for run in every:
-        if run.training is not None:
-            listeners.on_begin(run, "training")
-            _train(run.training, nproc, listeners)
-        listeners.on_begin(run, "evaluation")
-        yield Outcome(run, len(every), evaluation.evaluate(run.evaluation, listeners.on_eval))
-        _release()
+    with (out / LOCK).open("w") as lock:
+        hold(lock, fcntl.LOCK_EX, f"{out}: another gft compare is writing there; wait, or name another folder (out)")
+        for run in every:
+            if run.training is not None:
+                listeners.on_begin(run, "training")
+                _train(run.training, nproc, listeners)
+            listeners.on_begin(run, "evaluation")
+            yield Outcome(run, len(every), evaluation.evaluate(run.evaluation, listeners.on_eval))
+            _release()
 
 
 def write_report(config: CompareConfig) -> report.Written:
@@ -108,8 +114,7 @@ def _train(config: TrainConfig, nproc: int, listeners: Listeners) -> None:
     """In this process; of several, each is `gft train` by itself, so that this one holds no device."""
     out = Path(config.out)
     if (out / FINAL).is_dir():
-        prepare.prepare(config)  # finished, and with these settings
-        return
+        return  # with these settings: `plan` has looked
     if nproc == 1:
         training.train(config, listeners.on_train)
         _release()

@@ -41,7 +41,10 @@ class CompareConfig(BaseModel):
 
     @model_validator(mode="after")
     def consistent(self) -> "CompareConfig":
-        places = [folder_name(name) for name in (BASE, *self.methods, *self.objectives)]
+        places = [
+            folder_name(BASE),
+            *(_place(m, n) for m in (*self.methods, *self.objectives) for n in set(self.seeds)),
+        ]
         twice = sorted({place for place in places if places.count(place) > 1})
         if twice:
             raise ValueError(f"two methods would share a folder: {', '.join(twice)}; give one another name")
@@ -89,12 +92,16 @@ def runs(config: CompareConfig) -> list[Run]:
     ]
     for method, objective in objectives.items():
         for seed in config.seeds:
-            out = str(Path(config.out) / (folder_name(method) + (f"-seed-{seed}" if seed else "")))
+            out = str(Path(config.out) / _place(method, seed))
             training = TrainConfig(
                 model=config.model, data=config.data, out=out, objective=objective, seed=seed, **how_to_train
             )
             found.append(Run(method, seed, training, EvalConfig(model=out, out=out, **how_to_evaluate)))
     return found
+
+
+def _place(method: str, seed: int) -> str:
+    return folder_name(method) + (f"-seed-{seed}" if seed else "")
 
 
 def _settings(block: BaseModel) -> dict[str, Any]:

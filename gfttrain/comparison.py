@@ -2,7 +2,8 @@
 
 Of one seed, an interval is over prompts (bootstrap) and p a paired permutation test against the untrained model: they
 say nothing of other seeds. Of several seeds, an interval is Student's over seeds and p a t-test of the change over
-seeds: that is the honest one, and needs a few seeds to say anything.
+seeds: they say what another training would give, on these prompts and against this one sampling of the untrained model
+(whose own interval stays one over prompts), and need a few seeds to say anything.
 """
 
 import json
@@ -31,7 +32,7 @@ class Cell:
     entropy: float | None  # nats per token
     kl: float | None  # nats per token
     change: Estimate | None  # of pass@1 against the untrained model
-    p: float | None  # of no change, two-sided
+    p: float | None  # of no change, two-sided; None also where seeds that agree leave nothing to judge by
     forgets: bool  # the benchmark is of a skill that was not trained
 
 
@@ -102,12 +103,15 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def t_test(changes: Sequence[float]) -> float:
-    """Two-sided p of a mean of zero over seeds; 1 where nothing changed, 0 where all seeds changed by the same."""
+def t_test(changes: Sequence[float]) -> float | None:
+    """Two-sided p of a mean of zero over seeds; 1 where nothing changed.
+
+    None where all seeds changed by the same: few seeds on few prompts often do, and have no spread to judge by.
+    """
     from scipy.stats import ttest_1samp
 
     if len(set(changes)) == 1:
-        return float(changes[0] == 0.0)
+        return 1.0 if changes[0] == 0.0 else None
     return float(ttest_1samp(changes, 0.0).pvalue)
 
 

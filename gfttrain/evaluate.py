@@ -60,11 +60,12 @@ LOCK = f"{EVALS_FOLDER}/.lock"
 class Event:
     """Something that happened, for whoever shows progress."""
 
-    kind: Literal["benchmark", "sample", "reference", "there"]  # there: it was finished before
+    kind: Literal["anew", "benchmark", "sample", "reference", "there"]  # there: it was finished before
     benchmark: str = ""
     count: int = 0  # benchmark: of its samples; reference: of samples to score
     done: int = 0  # benchmark: drawn before
     tokens: int = 0
+    note: str = ""  # anew: how the samples that were there, and go, were drawn otherwise
 
 
 Listener = Callable[[Event], None]
@@ -74,8 +75,8 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> dic
     """Evaluate a model on every benchmark of the config; returns their results by name.
 
     Killed at any moment and called again with the same config it continues, and the results are those of an evaluation
-    that was never stopped. A benchmark that is finished with the same recipe is not sampled again. Raises UserError for
-    what the user can mend.
+    that was never stopped. A benchmark that is finished with the same recipe is not sampled again; of one with another
+    recipe the samples go, and an event says so. Raises UserError for what the user can mend.
     """
     found = plan(config)
     results: dict[str, Result] = {}
@@ -88,6 +89,8 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> dic
     if open_ones:
         with _alone(found.out):
             for one in open_ones:
+                if one.replaces:
+                    on_event(Event("anew", one.name, note=one.replaces))
                 begin(one.folder, one.recipe)
             results |= _draw_and_count(found, open_ones, on_event)
     return {one.name: results[one.name] for one in found.benchmarks}

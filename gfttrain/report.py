@@ -111,6 +111,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder}: no such run folder")
         history, results = read_history(folder / METRICS), read_results(folder)
         if not history.last_step and not results:
+            if any((inner / name).is_file() for inner in folder.iterdir() for name in (METRICS, EVALS)):
+                raise UserError(f"{folder}: is no run but holds some; name those to report, as in {folder}/*/")
             raise UserError(
                 f"{folder}: nothing to report: no steps in {METRICS}, which gft train writes, and no results in "
                 f"{EVALS}, which gft eval writes"

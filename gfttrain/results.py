@@ -74,15 +74,18 @@ def read_results(run: Path) -> dict[str, Result]:
     Raises UserError for a line that is no result; a torn last line is passed over.
     """
     try:
-        lines = (run / EVALS).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (run / EVALS).read_bytes().split(b"\n")
     except FileNotFoundError:
         return {}
     found: dict[str, Result] = {}
+    torn = len(lines)  # what stands after the last line end
     for number, line in enumerate(lines, 1):
+        if number == torn and not line:
+            break
         try:
             result = _RESULT.validate_json(line)
         except ValidationError:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == torn:
                 break
             raise UserError(f"{run / EVALS}, line {number}: is no result of gft eval; remove the line") from None
         found[result.benchmark] = result

@@ -568,13 +568,14 @@ def compare(
             for number, done in enumerate(comparing.compare(settings, listeners, nproc), 1):
                 show_comparison.outcome(console, number, done)
     except training.Stopped as stopped:
-        console.print(str(stopped), soft_wrap=True, highlight=False)
+        console.print(str(stopped), soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(75) from None
     rows = comparison.tabulate(settings)
     show_comparison.comparison(console, settings, rows)
+    as_json = comparison.write_comparison(settings, rows)
+    console.print(f"\nAs JSON: {as_json}", soft_wrap=True, highlight=False, markup=False)
     with console.status("report", spinner="line"):
         written = comparing.write_report(settings)
-    console.print(f"\nAs JSON: {comparison.write_comparison(settings, rows)}", soft_wrap=True, highlight=False)
     show.reported(console, written)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gftcli import show
+
 if TYPE_CHECKING:
     from gftdata.config import GenerateConfig
     from gftdata.events import Event as GenerateEvent
@@ -179,7 +181,9 @@ def evaluation(console: Console) -> Iterator[Callable[["EvalEvent"], None]]:
 
         def listen(event: "EvalEvent") -> None:
             nonlocal tokens, began
-            if event.kind == "there":
+            if event.kind == "anew":
+                show.begins_anew(console, event.benchmark, event.note)
+            elif event.kind == "there":
                 console.print(f"{event.benchmark}: already there", highlight=False)
             elif event.kind == "benchmark":
                 tokens, began = 0, time.monotonic()
@@ -226,10 +230,21 @@ def comparison(console: Console) -> Iterator["Listeners"]:
             say(f"step {event.step} of {event.num_steps}  {note}")
 
         def on_eval(event: "EvalEvent") -> None:
+            if event.kind == "anew":
+                show.begins_anew(console, event.benchmark, event.note)
+                return
             if event.kind == "benchmark":
                 drawn.update(samples=event.done, of=event.count)
             elif event.kind == "sample":
                 drawn["samples"] += 1
-            say(f"{event.benchmark}: {drawn['samples']:,} of {drawn['of']:,} samples")
+            say(f"{event.benchmark}: {_in_words(event, **drawn)}")
 
         yield Listeners(on_begin=on_begin, on_train=on_train, on_eval=on_eval)
+
+
+def _in_words(event: "EvalEvent", samples: int, of: int) -> str:
+    if event.kind == "there":
+        return "already there"
+    if event.kind == "reference":
+        return f"scoring {event.count:,} samples with the reference"
+    return f"{samples:,} of {of:,} samples"

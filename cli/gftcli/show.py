@@ -431,6 +431,15 @@ def evaluation_plan(console: Console, found: "EvalPlan") -> None:
             "output": f"{found.out} (nothing was written)",
         },
     )
+    for one in found.benchmarks:
+        if one.replaces:
+            begins_anew(console, one.name, one.replaces)
+
+
+def begins_anew(console: Console, benchmark: str, otherwise: str) -> None:
+    """That samples go which are of other settings, in a plan and when it is done."""
+    line = f"note: {benchmark} begins anew, and the samples there go: {plain(otherwise)}"
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def evaluations(console: Console, results: "Mapping[str, Result]") -> None:

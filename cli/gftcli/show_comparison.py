@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from gftcli import show
 
@@ -33,7 +34,7 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
             "-" if expected is None else f"{expected.layout.computed_positions:,}",
             "-" if expected is None else f"{(expected.weight_bytes + expected.activation_bytes) / 2**30:.1f} GiB",
             "-" if expected is None else show.duration(expected.seconds),
-            str(one.run.folder),
+            Text(show.plain(one.run.folder)),
         )
         rows.columns[-1].justify = "left"
     console.print(rows)
@@ -69,6 +70,10 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
             "output": f"{config.out} (nothing was written)",
         },
     )
+    for one in found:
+        for benchmark in one.evaluation.benchmarks if one.evaluation else ():
+            if benchmark.replaces:
+                show.begins_anew(console, f"{name_of(one.run)}: {benchmark.name}", benchmark.replaces)
     for notice in notices:
         console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
 
@@ -143,7 +148,7 @@ def _legend(config: "CompareConfig") -> str:
         )
     else:
         spread = (
-            f"Means over {len(config.seeds)} training seeds. 95 % is Student's interval over them, p a t-test of the "
-            "change against the untrained model."
+            f"Means over {len(config.seeds)} training seeds. 95 % is Student's interval over them (of the untrained "
+            "model, over prompts), p a t-test of the change against it; neither says what other prompts would give."
         )
     return f"{spread}\nEntropy, and KL to the reference, in nats a token."

@@ -383,7 +383,7 @@
         el("span", {}, "reward ", el("b", {}, response.reward == null ? response.status : number(response.reward, 4))),
         used ? el("span", {}, "advantage ", el("b", { class: advantage > 0 ? "up" : advantage < 0 ? "down" : "" }, signed(advantage)), " ", el("span", { class: advantage < 0 ? "meter minus" : "meter", "aria-hidden": "true" }, bar))
           : el("span", { class: "quiet" }, "not used by this run's objective"),
-        held == null ? null : el("span", {}, `held back (C < 1${kind === "trained" || kind === "now" ? ", trained" : ""}) `, el("b", { class: "share-held" }, share(held)), " of tokens"),
+        held == null ? null : el("span", {}, `held back (C < 1${kind === "trained" || kind === "now" ? ", trained" : ""}) `, el("b", { class: "share-held" }, share(held)), ids.length < response.tokens ? " of the tokens shown" : " of tokens"),
         el("span", { class: "quiet" }, `${number(response.tokens)} tokens, ${ENDS.get(response.finish) ?? response.finish}`));
       const tokens = el("div", { class: "tokens", role: "group", "aria-label": `Tokens of response ${k + 1}, ${response.source}. Arrow keys go from token to token.` });
       const show = (t) => {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # generate -> finalize -> train -> eval as four jobs; each starts when the one before has ended well.
 #   samples/slurm/chain.sh generate.yaml train.yaml eval.yaml OUT
-# OUT gets data/ and train/, with the results in train/evals.jsonl. Given again after a failure, the same command continues: what is finished is
-# looked at and left alone.
+# OUT gets data/ and train/, with the results in train/evals.jsonl. Given again after a failure, the same command
+# continues: what is finished is looked at and left alone.
 set -euo pipefail
 [ $# = 4 ] || { sed -n '2,5s/^# \?//p' "$0" >&2; exit 2; }
 generate=$1 train=$2 eval=$3 out=$4

@@ -51,6 +51,7 @@ def test_compare(gft: Gft, tmp_path: Path) -> None:
     assert dry.code == 0, dry.err
     assert "2 runs, about" in dry.out and "3 of 3" in dry.out and "(nothing was written)" in dry.out
     assert not (tmp_path / "runs").exists()
+    assert "runs[v2]/sft" in gft("compare", "compare.yaml", "--dry-run", "--out", "runs[v2]").out
 
     done = gft("compare", "compare.yaml")
     assert done.code == 0, done.err

@@ -127,6 +127,8 @@ def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:
     assert again.out.splitlines()[1].split()[-2:] == ["numeric", "finished"]
     assert "sums: already there" in gft("eval", evaluation).out
     assert (tmp_path / "run" / "evals.jsonl").read_text().splitlines() == [line]
+    otherwise = gft("eval", evaluation, "--dry-run", "--set", "seed=7")
+    assert "sums begins anew, and the samples there go: `seed` was 0 and is now 7" in otherwise.out
 
     shard = next((tmp_path / "data" / "data").glob("*.parquet"))
     content = bytearray(shard.read_bytes())

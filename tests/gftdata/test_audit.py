@@ -119,8 +119,12 @@ def test_groups_without_signal_are_a_note_and_nothing_else_is_a_problem(tmp_path
     assert list(found) == ["no_signal"]
     assert (found["no_signal"].severity, found["no_signal"].count, found["no_signal"].of) == ("note", 1, 12)
     assert found["no_signal"].examples == (group(4, []).prompt.prompt_id,)
-    found = planted(tmp_path / "all", [group(number, [CLEAN[0]]) for number in range(4)])
+    found = planted(tmp_path / "all", [group(number, CLEAN[:2]) for number in range(4)])
     assert found["no_signal"].severity == "problem"
+
+
+def test_groups_of_one_response_need_no_signal(tmp_path: Path) -> None:
+    assert planted(tmp_path, [group(number, CLEAN[:1]) for number in range(4)]) == {}
 
 
 def test_groups_that_nobody_judged(tmp_path: Path) -> None:

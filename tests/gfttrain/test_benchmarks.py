@@ -72,6 +72,7 @@ def test_mistakes_are_said_once_and_where_they_are() -> None:
     assert "unknown key `benchmarks.0.num_sample`; did you mean `num_samples`?" in refusal(
         benchmarks=[{**two[0], "num_sample": 3}]
     )
+    assert "at least 1 item" not in refusal(benchmarks=["gsm8k"]) and "`benchmarks.0`" in refusal(benchmarks=["gsm8k"])
     assert "missing key `benchmarks.1.prompts`" in refusal(benchmarks=[two[0], {"name": "c"}])
     assert "missing key `benchmarks`" in str(refusal_of_nothing())
     assert "`benchmarks`" in refusal(benchmarks=[])
@@ -116,6 +117,8 @@ def test_results_go_to_the_run_or_to_the_folder_that_is_named(tmp_path: Path) ->
         assert results_folder(settings(model=str(model), out=str(tmp_path / "o"))) == tmp_path / "o"
     with pytest.raises(UserError, match="is no run of gft train, so results need a folder: name one"):
         results_folder(settings(out=None))
+    with pytest.raises(UserError, match="no such model folder"):
+        results_folder(settings(model="runs/not-yet/final", out=None))
     shutil.rmtree(run / "final")
     with pytest.raises(UserError, match="is not finished"):
         plan(settings(model=str(run), out=None))

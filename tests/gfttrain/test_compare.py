@@ -88,6 +88,7 @@ def test_another_seed_later_leaves_the_first_where_it_is() -> None:
         ({"methods": []}, "nothing to train"),
         ({"objectives": {"sft": {}}}, "share a folder: sft"),
         ({"objectives": {"base": {}}}, "share a folder: base"),
+        ({"objectives": {"SFT seed 1": {}}, "seeds": [0, 1]}, "share a folder: sft-seed-1"),
         ({"objectives": {"../x": {}}}, "found ../x"),
         ({"seeds": [1, 1]}, "same seed twice"),
         ({"seeds": []}, "`seeds`"),
@@ -188,6 +189,15 @@ def test_a_mistake_in_the_last_run_shows_before_the_first_begins(
     with pytest.raises(UserError, match="teacher:nobody"):
         list(compare(made))
     assert not (tmp_path / "runs" / "sft").exists()
+
+
+def test_two_at_once_in_one_folder_are_refused(finished: CompareConfig) -> None:
+    first = compare(finished)
+    next(first)
+    with pytest.raises(UserError, match="another gft compare is writing there"):
+        next(compare(finished))
+    first.close()
+    next(compare(finished))
 
 
 def test_several_processes_train_by_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

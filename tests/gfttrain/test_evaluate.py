@@ -429,7 +429,10 @@ def test_what_is_finished_is_not_sampled_again_and_another_recipe_begins_anew(
         assert evaluate(eval_settings({"limit": 4}, out=str(tmp_path), engine={"batch_size": 5}, **settings)).keys()
     # and what is sampled begins anew; the old lines stay
     for number, change in enumerate(({"seed": 1}, {"num_samples": 3})):
-        run(tmp_path, {"limit": 4}, **{**settings, **change})
+        events.clear()
+        evaluate(eval_settings({"limit": 4}, out=str(tmp_path), **{**settings, **change}), events.append)
+        note = "`num_samples` was 2 and is now 3 (also different: `seed`)" if number else "`seed` was 0 and is now 1"
+        assert events[0] == Event("anew", "sums", note=note)
         lines = (tmp_path / "evals.jsonl").read_text().splitlines()
         assert len(lines) == 4 + number
     run(tmp_path, {"limit": 5}, **settings)

@@ -180,10 +180,15 @@ def test_an_unfinished_run_and_torn_last_lines_are_shown(tmp_path: Path, data: P
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("nothing", "no such run folder"), ("empty", "no steps in metrics.jsonl.*no results in evals.jsonl")],
+    [
+        ("nothing", "no such run folder"),
+        ("empty", "no steps in metrics.jsonl.*no results in evals.jsonl"),
+        ("compared", r"is no run but holds some; name those to report, as in .*/compared/\*/$"),
+    ],
 )
 def test_a_folder_with_nothing_to_show_is_a_mistake(tmp_path: Path, name: str, said: str):
     (tmp_path / "empty").mkdir()
+    write_results(tmp_path / "compared" / "base", 0.5)
     with pytest.raises(UserError, match=said):
         write_report([tmp_path / name], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()

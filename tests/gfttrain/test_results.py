@@ -49,6 +49,15 @@ def test_a_torn_line_is_passed_over_and_goes_with_the_next(tmp_path: Path) -> No
         assert read_results(tmp_path) == {"sums": result("sums", 0.25), "words": result("words", 0.5)}
 
 
+def test_characters_that_end_lines_elsewhere_and_torn_ones(tmp_path: Path) -> None:
+    odd = replace(result("sums", 0.25), model="runs/\u2028\x85\x0b/é")
+    append_result(tmp_path, odd)
+    assert read_results(tmp_path) == {"sums": odd}
+    whole = (tmp_path / EVALS).read_bytes()
+    (tmp_path / EVALS).write_bytes(whole + whole[: whole.index("é".encode()) + 1])  # half of a character
+    assert read_results(tmp_path) == {"sums": odd}
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     append_result(tmp_path, result("sums", 0.25))
     append_result(tmp_path, replace(result("sums", 0.25), benchmark="words"))

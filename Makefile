@@ -23,10 +23,10 @@ test: .venv/smollm2
 	  --ignore tests/browser
 
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist load tests/faults
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/faults
 
 faults-full: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist load --timeout 7200 tests/faults --full
+	$(BIN)/python -m pytest -n auto --dist worksteal --timeout 7200 tests/faults --full
 
 test-sglang: .venv/installed .venv-sglang/installed
 	GFT_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python $(BIN)/python -m pytest tests/sglang

@@ -135,7 +135,8 @@ def _short_columns(shard: Shard, columns: Sequence[str] = INDEX_COLUMNS) -> Shor
         if (rows, tokens) != (record.rows, record.response_tokens):
             raise UserError(
                 f"{shard.where}: damaged or changed: {rows} rows with {tokens} response tokens, the manifest says "
-                f"{record.rows} with {record.response_tokens}; put it there again from where the data set came from"
+                f"{record.rows} with {record.response_tokens}; put it there again from where the data set came from "
+                "(`gft validate` lists all that is wrong)"
             )
     return found
 

@@ -526,7 +526,7 @@ class ShortColumns:
     @property
     def num_response_tokens(self) -> int:
         """Of all responses together."""
-        return int(_flat(self.table, "num_tokens").to_numpy().sum(dtype=np.int64))
+        return int(_flat(self.table, "num_tokens").fill_null(0).to_numpy().sum(dtype=np.int64))
 
 
 def read_short_columns(source: Path | BinaryIO, where: str, columns: Sequence[str] = INDEX_COLUMNS) -> ShortColumns:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NoReturn, Protocol
 
-from gftdata.errors import UserError, quoted, without_password
+from gftdata.errors import UserError, first_line, quoted, without_password
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -177,6 +177,8 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is None and error.strerror is None:  # a library's, which has a text and no number
+            raise OSError(error.errno or errno.EIO, first_line(error), str(path)) from None
         if error.filename is None:
             error.filename = str(path)
         raise

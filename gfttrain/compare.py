@@ -23,8 +23,8 @@ from gfttrain import train as training
 from gfttrain.compare_config import CompareConfig, Run, runs
 from gfttrain.config import TrainConfig
 from gfttrain.distributed import launch
-from gfttrain.results import Result
-from gfttrain.runs import FINAL
+from gfttrain.results import EVALS, Result
+from gfttrain.runs import FINAL, METRICS
 
 REPORT, LOCK = "report.html", ".lock"
 
@@ -35,6 +35,7 @@ class Outcome:
 
     run: Run
     of: int  # so many models
+    diverged: str  # why there are no results; empty where there are
     results: dict[str, Result]
 
 
@@ -83,9 +84,9 @@ def plan(config: CompareConfig, nproc: int = 1, *, estimate: bool = True) -> lis
 def compare(config: CompareConfig, listeners: Listeners | None = None, nproc: int = 1) -> Iterator[Outcome]:
     """Yield the untrained model's outcome, then that of each method and seed, as they are done.
 
-    Only objective and seed differ between runs: data, order of prompts, optimizer and evaluation are the same. Stopped
-    at any moment and called again it continues. Raises UserError, what `train` raises on signals, and SystemExit with
-    the code of a training of several processes that failed.
+    Only objective and seed differ between runs: data, order of prompts, optimizer and evaluation are the same. A method
+    that diverges has no results, and the others go on. Stopped at any moment and called again it continues. Raises
+    UserError, and what `train` raises on signals.
     """
     listeners = listeners or Listeners()
     out = Path(config.out)
@@ -98,15 +99,23 @@ def compare(config: CompareConfig, listeners: Listeners | None = None, nproc: in
         for run in every:
             if run.training is not None:
                 listeners.on_begin(run, "training")
-                _train(run.training, nproc, listeners)
+                try:
+                    _train(run.training, nproc, listeners)
+                except training.Diverged as error:  # says something of the method, and the others are still to come
+                    yield Outcome(run, len(every), str(error), {})
+                    continue
             listeners.on_begin(run, "evaluation")
-            yield Outcome(run, len(every), evaluation.evaluate(run.evaluation, listeners.on_eval))
+            yield Outcome(run, len(every), "", evaluation.evaluate(run.evaluation, listeners.on_eval))
             _release()
 
 
 def write_report(config: CompareConfig) -> report.Written:
-    """OUT/report.html of all runs, their models' own probabilities included. Raises UserError."""
-    folders = [run.folder for run in runs(config)]
+    """OUT/report.html of all runs that got as far as a step, their models' own probabilities included.
+
+    Raises UserError.
+    """
+    begun = [run.folder / METRICS for run in runs(config)]
+    folders = [file.parent for file in begun if file.is_file() or (file.parent / EVALS).is_file()]
     return report.write_report(folders, Path(config.out) / REPORT, report.Options(score=True))
 
 

@@ -54,6 +54,10 @@ class Stopped(Exception):
     """A signal asked the run to stop, and it is saved."""
 
 
+class Diverged(UserError):
+    """A loss or gradient is no number: nothing was updated, and the state before that step is saved."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened, for whoever shows progress."""
@@ -373,7 +377,7 @@ def _not_finite(
     prepared: Prepared,
     world: World,
     token_records: Sequence[tuple[Batch, torch.Tensor]],
-) -> UserError:
+) -> Diverged:
     """Says which groups have a loss that is not a number."""
     index = prepared.index
     bad: list[int] = []
@@ -382,7 +386,7 @@ def _not_finite(
         bad += [r for r, fine in zip(batch.responses_R.tolist(), finite, strict=True) if not fine]
     groups = sorted({int(g) for found in gather_json(world, bad) for g in _groups_of(index, found)})
     where = "; ".join(index.place_of(group) for group in groups[:3])
-    return UserError(
+    return Diverged(
         f"step {number + 1}: loss {report['loss']}, gradient norm {grad_norm}; nothing was updated, and the state "
         "before this step is saved. "
         + (f"Not finite in {len(groups)} groups: {where}. " if groups else "Every loss is finite. ")

@@ -81,6 +81,8 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
 def outcome(console: Console, number: int, done: "Outcome") -> None:
     """One line for a model that is done."""
     found = "  ".join(f"{name} {show.value(result.pass_at[1])}" for name, result in done.results.items())
+    if done.diverged:
+        found = f"diverged: {done.diverged}"
     line = f"  {number}/{done.of}  {name_of(done.run):<14} {found}"
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -95,6 +97,11 @@ def comparison(console: Console, config: "CompareConfig", rows: "Sequence[Row]")
         console.print("\nnot trained: what falls is forgotten", style="bold", highlight=False)
         console.print(_untrained(rows, config.untrained))
     console.print()
+    for row in rows:
+        lacking = [b.name for b in config.eval.benchmarks if b.name not in {cell.benchmark for cell in row.cells}]
+        if lacking:
+            note = f"note: {row.method} is left out on {', '.join(lacking)}: a run of it diverged"
+            console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(_legend(config), soft_wrap=True, highlight=False)
     for name in trained:
         cells = [(row.method, cell) for row in rows for cell in row.cells if cell.benchmark == name]

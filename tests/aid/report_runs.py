@@ -125,7 +125,9 @@ def odd_data(data: Path, out: Path, texts: Sequence[str], lengths: Sequence[int]
     for path, record in zip(shard_paths(out, manifest), manifest.shards, strict=True):
         groups = [_odd_group(group, texts, lengths) for group in table_to_groups(pq.read_table(path))]
         pq.write_table(groups_to_table(groups), path, row_group_size=4)
-        records.append(record.model_copy(update={"sha256": sha256_file(path), "bytes": path.stat().st_size}))
+        tokens = sum(len(one.completion.response_ids) for made in groups for one in made.responses)
+        found = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "response_tokens": tokens}
+        records.append(record.model_copy(update=found))
     written = manifest.model_copy(update={"shards": tuple(records)})
     (out / "manifest.json").write_text(json.dumps(written.model_dump(mode="json")))
     (out / "model").mkdir()

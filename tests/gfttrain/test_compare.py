@@ -221,6 +221,18 @@ def test_several_processes_train_by_the_command(data: Path, tmp_path: Path, monk
         list(compare(config(data, tmp_path / "runs", methods=["RFT"]), nproc=2))
 
 
+def test_a_method_that_diverges_costs_the_others_nothing(data: Path, tmp_path: Path) -> None:
+    mad = {"optim": {"lr": 1e30}, "batch": TRAIN["batch"], "max_steps": 4, "device": "cpu"}
+    made = config(data, tmp_path / "runs", methods=["SFT", "GFT"], train=mad)
+    base, *trained = compare(made)
+    assert base.results and not base.diverged
+    for outcome in trained:
+        assert not outcome.results and "nothing was updated" in outcome.diverged
+    assert [len(row.cells) for row in tabulate(made)] == [2, 0, 0]
+    written = comparing.write_report(made)
+    assert written.runs == 3 and written.path == tmp_path / "runs" / "report.html"
+
+
 # the table
 
 

@@ -59,7 +59,7 @@ def test_generate_train_resume_export_load_generate(smollm2: Path, gsm8k: Path, 
                 "limit": 3,
             },
             "reward": {"name": "numeric"},
-            "responses": {"self": {"count": 3, "sampling": {"temperature": 0.7, "top_p": 0.9}}, "max_tokens": 160},
+            "responses": {"self": {"count": 2, "sampling": {"temperature": 0.7, "top_p": 0.9}}, "max_tokens": 160},
             "engine": {"dtype": "float32"},
         },
         "test",
@@ -67,7 +67,7 @@ def test_generate_train_resume_export_load_generate(smollm2: Path, gsm8k: Path, 
     manifest = generate(config)
     assert verify(data) == []
     assert manifest.summary.groups == 3
-    assert manifest.summary.responses == 12
+    assert manifest.summary.responses == 9
 
     frame = pl.read_parquet(data / "data" / "*.parquet")
     row = frame.row(0, named=True)

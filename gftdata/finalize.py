@@ -3,7 +3,7 @@
 Whichever task finishes last does it, or `gft finalize`; two at the same time write the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from gftdata.errors import UserError
@@ -35,8 +35,10 @@ from gftdata.types import SELF
 ENGINES = f"{WORK}/engines"  # a file for each version of the engine that scored
 
 
-def finalize(store: Store, plan: Plan | None = None) -> Manifest:
+def finalize(store: Store, plan: Plan | None = None, engines: Collection[str] = ()) -> Manifest:
     """Check that every prompt is there or accounted for, gather the commit records, and mark the data set final.
+
+    `engines` are versions that scored and are known without a look at the folder, which may be an old one.
 
     Two may be at it at the same time: they write the same. Raises UserError where something is missing.
     """
@@ -69,7 +71,9 @@ def finalize(store: Store, plan: Plan | None = None) -> Manifest:
         recipe=shareable(plan.recipe),
         models=tuple(record.model_copy(update={"name": shown_name(record.name)}) for record in plan.models),
         tokenizer=plan.tokenizer,
-        engine="; ".join(sorted(store.read(f"{ENGINES}/{name}").decode() for name in store.names(ENGINES))),
+        engine="; ".join(
+            sorted({*engines, *(store.read(f"{ENGINES}/{name}").decode() for name in store.names(ENGINES))})
+        ),
         packages=package_versions(),
         prompts=plan.prompts,
         prompts_quarantined=len(refused),

@@ -98,14 +98,14 @@ def generate(config: GenerateConfig, on_event: Listener = lambda event: None, ta
         plan = read_plan(store) or create_output(config, store, tokenizer)
         try:
             with closing(open_journal(store, attempt)) as journal:
-                _make_shards(Run(config, store, plan), task, tokenizer, journal, listener)
+                engines = _make_shards(Run(config, store, plan), task, tokenizer, journal, listener)
         except OSError:
             if (manifest := read_final(store)) is None:
                 raise
             return manifest  # another copy of this task was faster, and has put away what this one was reading
         if len(published(store, plan.num_shards)) < plan.num_shards:
             return None
-        return finalize(store, plan)
+        return finalize(store, plan, engines)
 
 
 def _make_shards(
@@ -114,8 +114,8 @@ def _make_shards(
     tokenizer: Tokenizer,
     journal: Journal,
     on_event: Listener,
-) -> None:
-    """Make the task's shards, as far as they are not there.
+) -> set[str]:
+    """Make the task's shards, as far as they are not there; returns the versions of the engines that scored.
 
     One pass does it, unless another copy of this task has taken its samples away with a shard that this one cannot see
     yet: on a shared file system that may take a minute. Then they are drawn again.
@@ -125,11 +125,11 @@ def _make_shards(
     total, unfinished = sum(rows_of_shard(run.plan, shard) for shard in mine), _unfinished(run, mine)
     remaining = sum(rows_of_shard(run.plan, shard) for shard in unfinished)
     on_event(Event("groups", count=total, done=total - remaining))
-    idle = 0
+    idle, engines = 0, set()
     while unfinished:
         for phase in teachers:
             draw_teacher(run, unfinished, phase, journal, on_event)
-        finish_shards(run, unfinished, own, tokenizer, journal, on_event)
+        engines |= {finish_shards(run, unfinished, own, tokenizer, journal, on_event)}
         before, unfinished = unfinished, _unfinished(run, mine)
         idle = idle + 1 if unfinished == before else 0
         if idle == MAX_IDLE_PASSES:
@@ -137,6 +137,7 @@ def _make_shards(
                 f"{run.store.location}: {len(unfinished)} shards were drawn {idle} times and are not there, the first "
                 f"is {shard_name(unfinished[0], run.plan.num_shards)}: is something taking away what is in {JOURNAL}?"
             )
+    return engines
 
 
 def _unfinished(run: Run, shards: Sequence[int]) -> list[int]:
@@ -170,10 +171,11 @@ def finish_shards(
     tokenizer: Tokenizer,
     journal: Journal,
     on_event: Listener,
-) -> None:
+) -> str:
     """The last phase: the starting model draws its samples, all responses are judged and scored, shards published.
 
     A shard is finished as soon as its last sample is there; beside the sampling where the engine can do both at once.
+    Returns the engine's version.
     """
     missing = count_missing(run, shards, own)
     # left in reverse: judges first (an error kills them), then the engine (whose closing answers whoever waits for it),
@@ -208,6 +210,7 @@ def finish_shards(
                 finish(shard)
         for future in running:
             future.result()
+        return engine.version
 
 
 @contextmanager

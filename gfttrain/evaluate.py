@@ -20,7 +20,7 @@ from gftdata.config import RewardConfig
 from gftdata.errors import UserError
 from gftdata.generate import MAX_REFUSALS, open_engine
 from gftdata.groups import sample_seed
-from gftdata.journal import entry_of, open_journal, read_journal
+from gftdata.journal import Entry, entry_of, open_journal, read_journal
 from gftdata.judging import Submit, open_judges
 from gftdata.models import shown_name
 from gftdata.store import FolderStore, hold
@@ -33,6 +33,7 @@ from gfttrain.results import EVALS_FOLDER, Estimate, Result, append_result
 from gfttrain.samples import (
     GREEDY,
     SHARD,
+    WORK,
     Judged,
     Key,
     all_keys,
@@ -99,6 +100,7 @@ def evaluate(config: EvalConfig, on_event: Listener = lambda event: None) -> dic
 def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Listener) -> dict[str, Result]:
     """Draw what is missing with the model's engine, then, with that one closed, score with the references."""
     results: dict[str, Result] = {}
+    safe: dict[str, set[Key]] = {}
     undrawn = [one for one in open_ones if not is_complete(one.folder)]
     with ExitStack() as stack:
         engine: Sampler | None = None  # after a stop that came later, nothing is to be drawn
@@ -109,14 +111,15 @@ def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Liste
             reward = one.settings.reward
             if reward not in judges:
                 judges[reward] = stack.enter_context(open_judges(reward))
-            _draw(found, one, engine, judges[reward], on_event)
+            safe[one.name] = _draw(found, one, engine, judges[reward], on_event)
             if one.settings.reference is None:
-                results[one.name] = _finish(found, one, {})
+                results[one.name] = _finish(found, one, safe[one.name], {})
     for reference in dict.fromkeys(one.settings.reference for one in undrawn if one.settings.reference is not None):
         of_it = [one for one in undrawn if one.settings.reference == reference]
         with closing(open_engine(reference, reference_engine(found.config), found.tokenizer)) as scorer:
             for one in of_it:
-                results[one.name] = _finish(found, one, _score(one, scorer, on_event))
+                sums = _score(one, safe[one.name], scorer, on_event)
+                results[one.name] = _finish(found, one, safe[one.name], sums)
     for one in open_ones:
         if one.name not in results:  # all samples are there, and were not counted, or for other k
             results[one.name] = count(found, one, read_samples(one.folder, one.questions.prompts))
@@ -125,10 +128,16 @@ def _draw_and_count(found: Plan, open_ones: Sequence[Benchmark], on_event: Liste
     return results
 
 
-def _draw(found: Plan, one: Benchmark, engine: "Sampler | None", submit: Submit, on_event: Listener) -> None:
-    """Draw and judge what the journals lack. A sample is in its journal before anything else happens to it."""
+def _draw(found: Plan, one: Benchmark, engine: "Sampler | None", submit: Submit, on_event: Listener) -> set[Key]:
+    """Draw and judge what the journals lack; returns which samples are there.
+
+    A sample is in its journal before anything else happens to it.
+    """
     store, attempt = FolderStore(one.folder), new_attempt()
     entries, known = read_journal(store, SHARD), read_verdicts(one.folder)
+    if engine is None and len(entries) < one.num_samples:  # none was missing a moment ago
+        raise _vanished(one, one.num_samples - len(entries))
+    safe = set(entries)
     on_event(Event("benchmark", one.name, count=one.num_samples, done=len(entries)))
     written_by = f"{shown_name(found.config.model)}@{found.revision[:12]}"
     waiting: deque[tuple[Key, Future[Verdict]]] = deque()
@@ -144,6 +153,7 @@ def _draw(found: Plan, one: Benchmark, engine: "Sampler | None", submit: Submit,
         for key, sample in drawn:
             source, row, _ = key
             journal.append(SHARD, entry_of(sample, source, row, written_by))
+            safe.add(key)
             waiting.append((key, submit(prompts[row], sample.text)))
             on_event(Event("sample", one.name, tokens=sample.num_tokens))
             while waiting and waiting[0][1].done():
@@ -151,6 +161,22 @@ def _draw(found: Plan, one: Benchmark, engine: "Sampler | None", submit: Submit,
                 note(first, future.result())
         for key, future in waiting:
             note(key, future.result())
+    return safe
+
+
+def _journal(one: Benchmark, safe: Collection[Key]) -> dict[Key, Entry]:
+    """The samples that are there. Raises UserError where one of them is not any more."""
+    entries = read_journal(FolderStore(one.folder), SHARD)
+    if gone := set(safe) - entries.keys():
+        raise _vanished(one, len(gone))
+    return entries
+
+
+def _vanished(one: Benchmark, count: int) -> UserError:
+    return UserError(
+        f"{one.folder / WORK}: {count:,} samples that were there are not: is something taking its files away, or the "
+        "file system failing? The same command continues"
+    )
 
 
 def draw(
@@ -189,9 +215,9 @@ def draw(
             raise UserError(f"{in_a_row} requests were refused with no answer between: {reason}")
 
 
-def _score(one: Benchmark, scorer: "Scorer", on_event: Listener) -> dict[Key, float]:
+def _score(one: Benchmark, safe: Collection[Key], scorer: "Scorer", on_event: Listener) -> dict[Key, float]:
     """Sum of log pi_ref over the tokens of each sample that was drawn of the model itself."""
-    entries = [entry for entry in read_journal(FolderStore(one.folder), SHARD).values() if entry.source == SELF]
+    entries = [entry for entry in _journal(one, safe).values() if entry.source == SELF]
     on_event(Event("reference", one.name, count=len(entries)))
     requests = [ScoreRequest(one.questions.ids[entry.row], entry.response_ids) for entry in entries]
     sums: dict[Key, float] = {}
@@ -205,9 +231,9 @@ def _score(one: Benchmark, scorer: "Scorer", on_event: Listener) -> dict[Key, fl
     return sums
 
 
-def _finish(found: Plan, one: Benchmark, reference_sums: dict[Key, float]) -> Result:
+def _finish(found: Plan, one: Benchmark, safe: Collection[Key], reference_sums: dict[Key, float]) -> Result:
     """The journals become samples.parquet, and that a result."""
-    entries, verdicts = read_journal(FolderStore(one.folder), SHARD), read_verdicts(one.folder)
+    entries, verdicts = _journal(one, safe), read_verdicts(one.folder)
     keys = all_keys(len(one.questions.prompts), one.settings.num_samples, greedy=one.settings.greedy)
     samples = [
         judged(entries[key], verdicts[key], reference_sums.get(key)) if key in entries else refused(key) for key in keys

@@ -393,6 +393,28 @@ def test_a_stop_at_the_end_costs_no_sample(tmp_path: Path, monkeypatch: pytest.M
     assert not (benchmark_folder(tmp_path / "stopped", "sums") / WORK).exists()
 
 
+@pytest.mark.parametrize("look", [1, 2])  # after the drawing: to score, to finish
+def test_a_journal_that_cannot_be_seen_for_a_moment_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    """As on a shared file system: its samples would count as given up by the engine."""
+    settings: dict[str, Any] = {"num_samples": 2, "k": [1]}
+    looks = 0
+
+    def read(*where: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return {} if looks == 1 + look else read_journal(*where)
+
+    with monkeypatch.context() as context:
+        context.setattr(evaluation, "read_journal", read)
+        with pytest.raises(UserError, match=r"evals/sums/\.work: 12 samples that were there are not"):
+            run(tmp_path / "seen", {"limit": 4}, **settings)
+    refuse_to_sample(monkeypatch)
+    same(run(tmp_path / "seen", {"limit": 4}, **settings), run(tmp_path / "seen", {"limit": 4}, **settings))
+    assert not any(row["finish_reason"] == "refused" for row in rows_of(tmp_path / "seen"))
+
+
 def test_a_signal_ends_it_and_the_same_command_continues(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

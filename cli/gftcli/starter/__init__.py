@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gftdata.errors import UserError
 from gftdata.shards import write_atomic
+from gftdata.store import read_file
 
 NAMES = ("generate.yaml", "train.yaml", "eval.yaml", "compare.yaml")
 
@@ -14,7 +15,7 @@ def write_starter(folder: Path, *, model: str, prompts: str) -> list[Path]:
     texts = {folder / name: _filled(name, model, prompts) for name in NAMES}
     there = [target for target in texts if target.exists()]
     for target in there:
-        if len(there) == len(texts) or target.read_text(encoding="utf-8") != texts[target]:
+        if len(there) == len(texts) or read_file(target).decode(errors="replace") != texts[target]:
             raise UserError(f"{target}: exists already and is not overwritten; name another folder")
     for target, text in texts.items():
         if target not in there:

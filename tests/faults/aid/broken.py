@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from aid.fake_hub import WRITE, FakeHub, Repo
 from aid.injector import MODEL, ROOT, Fault, How, Warm, build
 
+from gftdata.config import recipe_differences
 from gfttrain.results import read_results
 
 Parts = dict[str, Any]
@@ -99,7 +100,8 @@ def check(command: Command, expected: Parts) -> None:
         return
     for name, part in found.items():
         possible = [parts[name] for parts in (expected, command.before) if name in parts]
-        assert any(equal(part, one) for one in possible), f"{name} is not what it should be, or should not be there"
+        differing = recipe_differences(possible[0], part) if possible else "it should not be there"
+        assert any(equal(part, one) for one in possible), f"{name} is not what it should be: {differing[:500]}"
     if command.last in found:
         assert equal(found[command.last], expected[command.last]), f"{command.last} is that of another state"
         assert found.keys() == expected.keys(), f"finished, and without {expected.keys() - found.keys()}"
@@ -211,7 +213,7 @@ def groups_of(out: Path, *, by_content: bool) -> Parts:
         return shards
     manifest = json.loads((out / "manifest.json").read_bytes())
     if by_content:
-        del manifest["shards"]
+        del manifest["shards"], manifest["checksum"]
     return {**shards, "manifest.json": manifest}
 
 

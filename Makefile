@@ -1,6 +1,6 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
-# make test-faults  what breaks on purpose: a sample; make faults-full: all of it (hours)
+# make test-faults  what breaks on purpose: a sample; make faults-full: all of it (an hour or less)
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)

@@ -18,11 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aid.demo_data import make_demo_data
 
-from gftdata.config import GenerateConfig, validate_config
+from gftdata.config import validate_config
 from gftdata.derive import RejudgeConfig, derive, plan_rejudge
 from gftdata.errors import UserError
-from gftdata.generate import generate
 from gftdata.locations import checked_shards, open_data, verify_data
 from gftdata.shards import parse_manifest, sha256_file
 from gftdata.template_trial import check_template
@@ -39,21 +39,9 @@ VOCABULARY = 18
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 groups in one shard."""
-    folder = tmp_path_factory.mktemp("hostile")
-    prompts = {"path": str(demo / "train.jsonl"), "columns": {"ground_truth": "answer", "expert": "expert"}}
-    settings = {
-        "model": str(demo / "model"),
-        "out": str(folder / "data"),
-        "prompts": {**prompts, "limit": 8},
-        "reward": {"name": "numeric", "workers": 1},
-        "responses": {"self": {"count": 3}, "max_tokens": 48},
-        "shards": {"groups_per_shard": 8, "row_group_size": 4},
-        "engine": {"device": "cpu"},
-    }
-    generate(validate_config(GenerateConfig, settings, "test"))
-    return folder / "data"
+    return make_demo_data(tmp_path_factory.mktemp("hostile"), 8)
 
 
 def refusal(read: Callable[[], object], what: str) -> str | None:

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from aid.demo_data import make_demo_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gftdata.config import GenerateConfig, validate_config
+from gftdata.config import validate_config
 from gftdata.errors import UserError
-from gftdata.generate import generate
 from gftdata.schema import check_rows, groups_to_table, parquet_options, table_to_groups
 from gftdata.shards import Index, check_short_columns
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
@@ -269,20 +269,8 @@ def test_groups_survive_the_file_whatever_is_in_them(num_cases: Any, tried: Any,
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
-    folder = tmp_path_factory.mktemp("numbers")
-    prompts = {"path": str(demo / "train.jsonl"), "columns": {"ground_truth": "answer", "expert": "expert"}}
-    values = {
-        "model": str(demo / "model"),
-        "out": str(folder / "data"),
-        "prompts": {**prompts, "limit": 16},
-        "reward": {"name": "numeric", "workers": 1},
-        "responses": {"self": {"count": 3}, "max_tokens": 48},
-        "shards": {"groups_per_shard": 8, "row_group_size": 4},
-        "engine": {"device": "cpu"},
-    }
-    generate(validate_config(GenerateConfig, values, "test"))
-    return folder / "data"
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_data(tmp_path_factory.mktemp("numbers"), 16)
 
 
 Hook = Callable[[Any, torch.Tensor], torch.Tensor]

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import s3fs
 from aid.bucket import BUCKET, SECRET
+from aid.demo_data import make_demo_data
 from moto.server import ThreadedMotoServer
-
-from gftdata.config import GenerateConfig, validate_config
-from gftdata.generate import generate
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +41,6 @@ def s3(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s3fs.S
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 groups of 1 expert and 3 self responses, in 3 shards of 2 row groups."""
-    folder = tmp_path_factory.mktemp("made")
-    settings = {
-        "model": str(demo / "model"),
-        "out": str(folder / "data"),
-        "prompts": {
-            "path": str(demo / "train.jsonl"),
-            "columns": {"ground_truth": "answer", "expert": "expert"},
-            "limit": 24,
-        },
-        "reward": {"name": "numeric", "workers": 1},
-        "responses": {"self": {"count": 3}, "max_tokens": 48},
-        "shards": {"groups_per_shard": 8, "row_group_size": 4},
-        "engine": {"device": "cpu"},
-    }
-    generate(validate_config(GenerateConfig, settings, "test"))
-    return folder / "data"
+    return make_demo_data(tmp_path_factory.mktemp("made"), 24)

@@ -57,7 +57,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
-from gftdata.shards import Index
+from gftdata.index import Index
 from gfttrain.attention import NAME, Segments, attend, make_segments, visible
 from gfttrain.config import TrainConfig
 from gfttrain.head import Head, fused_head

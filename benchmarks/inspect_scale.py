@@ -30,7 +30,7 @@ def make(data: Path, groups: int) -> None:
     from synthetic import Lengths, make_data
 
     from gftdata.config import ShardsConfig
-    from gftdata.shards import read_manifest, write_manifest
+    from gftdata.manifest import read_manifest, write_manifest
     from gftdata.store import FolderStore
     from gftdata.tokens import load_tokenizer
 

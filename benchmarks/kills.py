@@ -29,7 +29,8 @@ import psutil
 import pyarrow.parquet as pq
 
 from gftdata.journal import read_journal
-from gftdata.shards import DATA, QUARANTINE, WORK, read_manifest, verify
+from gftdata.manifest import DATA, QUARANTINE, WORK, read_manifest
+from gftdata.shards import verify
 from gftdata.store import FolderStore
 
 ROOT = Path(__file__).resolve().parent.parent

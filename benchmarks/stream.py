@@ -96,7 +96,7 @@ def read_through(data: Path, num_shards: int) -> dict[str, float]:
 
 def plan(num_groups: int) -> dict[str, float]:
     """Planning of so many groups like those in the shards, in this process."""
-    from gftdata.shards import Index
+    from gftdata.index import Index
     from gfttrain.config import BatchConfig, ObjectiveConfig
     from gfttrain.plan import Cost, layout_totals, make_schedule, schedule_hash, select
 

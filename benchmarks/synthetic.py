@@ -15,21 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gftdata.config import ShardsConfig
+from gftdata.manifest import DATA, FORMAT, Manifest, ModelRecord, PromptCounts, TokenizerRecord, write_manifest
 from gftdata.schema import SCHEMA_VERSION, schema
-from gftdata.shards import (
-    DATA,
-    FORMAT,
-    Manifest,
-    ModelRecord,
-    PromptCounts,
-    TokenizerRecord,
-    all_records,
-    package_versions,
-    publish_shard,
-    shard_record,
-    toolkit_version,
-    write_manifest,
-)
+from gftdata.shards import all_records, package_versions, publish_shard, shard_record, toolkit_version
 from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.tokens import NO_TEMPLATE_HASH

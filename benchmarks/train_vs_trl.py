@@ -155,22 +155,10 @@ def write_data(out: Path, model: str, shape: Shape, zero: list[int]) -> None:
 
 def write_shard(out: Path, model: str, tokenizer: Any, groups: list[Any]) -> None:
     """One shard and a manifest, as `gft generate` would leave them."""
+    from gftdata.manifest import DATA, FORMAT, Manifest, ModelRecord, PromptCounts, TokenizerRecord, write_manifest
     from gftdata.models import model_revision
     from gftdata.schema import SCHEMA_VERSION, groups_to_table
-    from gftdata.shards import (
-        DATA,
-        FORMAT,
-        Manifest,
-        ModelRecord,
-        PromptCounts,
-        TokenizerRecord,
-        all_records,
-        package_versions,
-        publish_shard,
-        toolkit_version,
-        verify,
-        write_manifest,
-    )
+    from gftdata.shards import all_records, package_versions, publish_shard, toolkit_version, verify
     from gftdata.store import FolderStore
     from gftdata.summary import summarise
 

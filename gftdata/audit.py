@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from gftdata.content import Content
 from gftdata.counts import Counts, Sighting
-from gftdata.shards import Manifest, SourceSummary, Summary
+from gftdata.manifest import Manifest, SourceSummary, Summary
 from gftdata.summary import mostly_identical, weakness
 from gftdata.types import EXPERT, SELF
 

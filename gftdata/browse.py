@@ -12,7 +12,8 @@ import polars as pl
 import pyarrow as pa
 
 from gftdata.errors import UserError, first_line
-from gftdata.locations import DataSet, Shard, open_shard, read_tables, too_large
+from gftdata.locations import DataSet, Shard, open_shard, read_tables
+from gftdata.shards import check_unpacked_size
 from gftdata.types import Message
 
 RESPONSE_COLUMNS = ["sources", "rewards", "num_tokens"]  # to choose by
@@ -137,8 +138,8 @@ def _read(shard: Shard, chosen: dict[int, list[int]]) -> Iterator[ShownGroup]:
         for number in range(file.num_row_groups):
             after = first + file.metadata.row_group(number).num_rows
             rows = [row for row in chosen if first <= row < after]
-            if rows and (reason := too_large(file, number)):
-                raise UserError(f"{shard.where}: {reason}, and was not read; see `gft validate`")
+            if rows:
+                check_unpacked_size(file, number, shard.where)
             table = file.read_row_group(number, columns=COLUMNS) if rows else None
             for row in rows:
                 assert table is not None

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
+from gftdata.manifest import DATA, Manifest, ModelRecord, SourceSummary
 from gftdata.schema import schema
-from gftdata.shards import DATA, Manifest, ModelRecord, SourceSummary
 
 TAGS = ["gft-toolkit", "group-fine-tuning", "post-training", "synthetic"]
 SPLIT, BAR = "train", 24

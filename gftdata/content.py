@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from gftdata.counts import Sighting
 from gftdata.errors import UserError
-from gftdata.locations import DataSet, Shard, is_remote, open_shard, too_large
-from gftdata.shards import Manifest, TokenizerRecord
+from gftdata.locations import DataSet, Shard, is_remote, open_shard
+from gftdata.manifest import Manifest, TokenizerRecord
+from gftdata.shards import check_unpacked_size
 from gftdata.tokens import NO_TEMPLATE_HASH, Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import Message
 
@@ -127,10 +128,12 @@ def _row_groups(shard: Shard, wanted: int | None, left_out: list[str]) -> Iterat
         there = file.num_row_groups
         spread = np.linspace(0, there - 1, min(there, wanted or there)).round()
         for number in np.unique(spread).astype(int).tolist():
-            if reason := too_large(file, number):
-                left_out.append(f"{shard.where}: {reason}")
-            else:
-                yield file.read_row_group(number, columns=COLUMNS)
+            try:
+                check_unpacked_size(file, number, shard.where)
+            except UserError as error:
+                left_out.append(str(error))
+                continue
+            yield file.read_row_group(number, columns=COLUMNS)
 
 
 def _look_at(table: pa.Table, where: str, tokenizer: TokenizerRecord, tally: _Tally) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from gftdata.errors import UserError, first_line
 from gftdata.locations import DataSet, Shard, is_remote, open_shard, read_tables
-from gftdata.shards import Summary
+from gftdata.manifest import Summary
 from gftdata.summary import Tally, quantile, source_summary, summarise
 from gftdata.types import EXPERT, SELF
 

@@ -33,12 +33,23 @@ from gftdata.config import (
 from gftdata.errors import UserError
 from gftdata.events import Event, Listener
 from gftdata.generate import give_up, open_engine
+from gftdata.index import Index, read_index
 from gftdata.judging import open_judges
+from gftdata.manifest import (
+    DATA,
+    MANIFEST,
+    QUARANTINE,
+    WORK,
+    Derivation,
+    Manifest,
+    ModelRecord,
+    read_manifest,
+    write_manifest,
+)
 from gftdata.models import context_length, model_revision, shareable, shown_name
 from gftdata.prepare import check_engine, quarantined, sole_writer, tokenizer_record
 from gftdata.rewards import resolve
 from gftdata.schema import check_rows, groups_to_table, schema, table_to_groups
-from gftdata.shards import DATA, MANIFEST, QUARANTINE, WORK, Derivation, Index, Manifest, ModelRecord
 from gftdata.store import FolderStore, read_file
 from gftdata.summary import summarise
 from gftdata.tokens import Tokenizer, load_tokenizer
@@ -124,7 +135,7 @@ def derive(job: Job, on_event: Listener = lambda event: None) -> Manifest:
     with sole_writer(out):
         check_output(out, job.sources, job.derivation)  # another process may have been here since the plan
         if (out / MANIFEST).is_file():
-            return shards.read_manifest(out)
+            return read_manifest(out)
         shards.write_atomic(out / WORK / PLAN, job.derivation.model_dump_json(indent=2))
         unfinished = [shard for shard in range(num_shards) if shards.shard_record(store, shard, num_shards) is None]
         remaining = sum(len(job.shards[shard]) for shard in unfinished)
@@ -182,7 +193,7 @@ def finalize(job: Job) -> Manifest:
     if (out / WORK / ENGINE).is_file():
         changes["engine"] = read_file(out / WORK / ENGINE).decode()
     manifest = job.manifest.model_copy(update=changes)
-    shards.write_manifest(store, manifest)
+    write_manifest(store, manifest)
     shutil.rmtree(out / WORK / "staged", ignore_errors=True)
     return manifest
 
@@ -225,7 +236,7 @@ def plan_rescore(data: Path, out: Path, config: RescoreConfig) -> Job:
                 f"{config.model}: its {name} is not that of {data}, so the tokens there are not its own; "
                 f"`gft generate` with this model and prompts.reuse={data} makes them anew"
             )
-    index, context = shards.read_index(source.paths), context_length(config.model)
+    index, context = read_index(source.paths), context_length(config.model)
     longest = int((index.num_tokens + np.repeat(index.num_prompt_tokens, np.diff(index.offsets))).max(initial=0))
     if context is not None and longest > context:
         raise UserError(
@@ -303,7 +314,7 @@ def _shard_by_shard(
     by: str, source: Source, out: Path, settings: dict[str, Any], changes: Mapping[str, Any], open_change: OpenChange
 ) -> Job:
     """A job that makes one shard of each shard."""
-    index = shards.read_index(source.paths)
+    index = read_index(source.paths)
     ends = np.cumsum([record.rows for record in source.manifest.shards])
     parts = np.split(np.arange(index.num_groups), ends[:-1])
     return make_job(by, [source], out, settings, index, parts, changes, open_change=open_change)
@@ -360,7 +371,7 @@ def check_output(out: Path, sources: Sequence[Source], now: Derivation) -> None:
 
 def read_source(folder: Path) -> Source:
     """A finished, whole data set that has groups. Raises UserError for any other."""
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     if not any(record.rows for record in manifest.shards):
         raise UserError(f"{folder}: holds no groups; name another data set")
     for shard, record in zip(shards.shard_paths(folder, manifest), manifest.shards, strict=True):

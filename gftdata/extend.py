@@ -18,21 +18,11 @@ import pyarrow as pa
 from gftdata.config import GenerateConfig, recipe_differences
 from gftdata.errors import UserError
 from gftdata.groups import sample_seed
+from gftdata.manifest import DATA, MANIFEST, Manifest, ModelRecord, TokenizerRecord, read_manifest
 from gftdata.models import shareable
 from gftdata.reuse import find_data
 from gftdata.schema import check_rows, table_to_groups
-from gftdata.shards import (
-    DATA,
-    MANIFEST,
-    Manifest,
-    ModelRecord,
-    TokenizerRecord,
-    check_shard,
-    check_unpacked_size,
-    open_parquet,
-    read_manifest,
-    sha256_file,
-)
+from gftdata.shards import check_shard, check_unpacked_size, open_parquet, sha256_file
 from gftdata.types import SELF, TEACHER_PREFIX, Prompt, Response
 
 RECIPES_DIFFER = "recipes_differ"  # in the settings of a merge: how

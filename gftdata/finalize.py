@@ -9,10 +9,7 @@ from pathlib import Path
 from gftdata.errors import UserError
 from gftdata.extend import drawn_counts
 from gftdata.journal import JOURNAL
-from gftdata.models import shareable, shown_name
-from gftdata.prepare import PLAN, PROMPTS, Plan, quarantined, read_plan, shard_prompts
-from gftdata.schema import SCHEMA_VERSION
-from gftdata.shards import (
+from gftdata.manifest import (
     DATA,
     FORMAT,
     MANIFEST,
@@ -20,14 +17,13 @@ from gftdata.shards import (
     WORK,
     Manifest,
     ShardRecord,
-    all_records,
-    check_record,
-    package_versions,
     parse_manifest,
-    prompt_ids,
-    toolkit_version,
     write_manifest,
 )
+from gftdata.models import shareable, shown_name
+from gftdata.prepare import PLAN, PROMPTS, Plan, quarantined, read_plan, shard_prompts
+from gftdata.schema import SCHEMA_VERSION
+from gftdata.shards import all_records, check_record, package_versions, prompt_ids, toolkit_version
 from gftdata.store import STAGED, Store
 from gftdata.summary import summarise
 from gftdata.types import SELF

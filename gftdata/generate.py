@@ -25,6 +25,7 @@ from gftdata.extend import Key, carried_keys, carried_responses
 from gftdata.finalize import ENGINES, finalize, read_final
 from gftdata.journal import JOURNAL, Journal, entry_of, open_journal, read_journal
 from gftdata.judging import Submit, open_judges
+from gftdata.manifest import DATA, QUARANTINE, WORK, Manifest
 from gftdata.models import shown_name
 from gftdata.prepare import (
     Phase,
@@ -40,16 +41,7 @@ from gftdata.prepare import (
     writing,
 )
 from gftdata.schema import groups_to_table
-from gftdata.shards import (
-    DATA,
-    QUARANTINE,
-    WORK,
-    Manifest,
-    publish_shard,
-    published,
-    shard_name,
-    shard_record,
-)
+from gftdata.shards import publish_shard, published, shard_name, shard_record
 from gftdata.status import reporting
 from gftdata.store import Store, open_store
 from gftdata.tasks import Task, new_attempt, owned

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gftdata.errors import UserError, first_line, quoted
-from gftdata.shards import QUARANTINE
+from gftdata.manifest import QUARANTINE
 from gftdata.store import FULL, HERE
 
 if TYPE_CHECKING:

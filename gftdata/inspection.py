@@ -11,7 +11,7 @@ from gftdata.audit import Finding, audit
 from gftdata.content import Content, is_small, look
 from gftdata.counts import BINS, Counts, count
 from gftdata.locations import is_remote, open_data
-from gftdata.shards import Manifest
+from gftdata.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)

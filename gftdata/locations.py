@@ -27,24 +27,14 @@ import pyarrow.parquet as pq
 
 from gftdata.errors import UserError, first_line, quoted, without_password
 from gftdata.hub import failures, not_there
+from gftdata.index import Index, ShortColumns, make_index, read_short_columns
+from gftdata.manifest import DATA, MANIFEST, Manifest, ShardRecord, parse_manifest, read_manifest
+from gftdata.schema import INDEX_COLUMNS
 from gftdata.shards import (
-    BOMB,
-    DATA,
-    INDEX_COLUMNS,
-    MANIFEST,
-    MAX_ROW_GROUP_BYTES,
-    Index,
-    Manifest,
-    ShardRecord,
-    ShortColumns,
     check_shard,
     count_problems,
     hashes_differ,
-    make_index,
     open_parquet,
-    parse_manifest,
-    read_manifest,
-    read_short_columns,
     sha256_file,
     shard_paths,
     shard_problems,
@@ -158,12 +148,6 @@ def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
     """A shard's file, to read some of its row groups; a remote one by ranges. Raises UserError."""
     with shard.peek() as opened, open_parquet(opened, shard.where) as file:
         yield file
-
-
-def too_large(file: pq.ParquetFile, row_group: int) -> str:
-    """Why a row group is not to be unpacked; empty where it may be."""
-    size = file.metadata.row_group(row_group).total_byte_size
-    return f"row group {row_group} unpacks to {size:,} bytes" if size > BOMB * MAX_ROW_GROUP_BYTES else ""
 
 
 def checked_shards(shards: Sequence[Shard]) -> Callable[[int], Path]:

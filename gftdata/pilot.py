@@ -9,8 +9,8 @@ from gftdata.config import GenerateConfig
 from gftdata.errors import UserError
 from gftdata.events import Event, Listener
 from gftdata.generate import generate
+from gftdata.manifest import Summary
 from gftdata.prepare import Preview
-from gftdata.shards import Summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,7 @@ from gftdata.config import (
 )
 from gftdata.errors import UserError
 from gftdata.extend import Place, carried_keys, check_extension, open_places, read_extended
-from gftdata.models import context_length, model_revision
-from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to_json, read_prompts
-from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
-from gftdata.reuse import find_data, template_of
-from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
-from gftdata.sealed import read_sealed, sealed
-from gftdata.shards import (
+from gftdata.manifest import (
     DATA,
     MANIFEST,
     QUARANTINE,
@@ -48,12 +42,15 @@ from gftdata.shards import (
     ModelRecord,
     PromptCounts,
     TokenizerRecord,
-    check_writable,
-    published,
     read_manifest,
-    sha256_file,
-    toolkit_version,
 )
+from gftdata.models import context_length, model_revision
+from gftdata.prompts import asked_text, is_repeated, prompt_from_json, prompt_to_json, read_prompts
+from gftdata.quality import Contamination, NearDuplicates, read_eval_texts
+from gftdata.reuse import find_data, template_of
+from gftdata.rewards import NEEDS_GROUND_TRUTH, resolve
+from gftdata.sealed import read_sealed, sealed
+from gftdata.shards import check_writable, published, sha256_file, toolkit_version
 from gftdata.store import FolderStore, Store, hold, open_store
 from gftdata.tokens import Tokenizer, encode_prompt, load_tokenizer
 from gftdata.types import SELF, Message, Prompt, Sampling, TokenIds

@@ -16,19 +16,8 @@ from typing import TYPE_CHECKING
 
 from gftdata.errors import UserError
 from gftdata.hub import CARD, REFUSED, SHOWN, Event, Listener, listed_files, open_api, repo_name, said_in_one_line
-from gftdata.shards import (
-    DATA,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    WORK,
-    Manifest,
-    ShardRecord,
-    check_writable,
-    parse_manifest,
-    sha256_file,
-    verify,
-    write_atomic,
-)
+from gftdata.manifest import DATA, MANIFEST, MAX_MANIFEST_BYTES, WORK, Manifest, ShardRecord, parse_manifest
+from gftdata.shards import check_writable, sha256_file, verify, write_atomic
 from gftdata.store import fsync_folder, hold, read_file
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from gftdata.hub import (
     said_in_one_line,
 )
 from gftdata.leaks import Private, find_leaks, find_secret, private_here
-from gftdata.shards import DATA, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest, verify
+from gftdata.manifest import DATA, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest
+from gftdata.shards import verify
 from gftdata.store import read_file
 
 if TYPE_CHECKING:

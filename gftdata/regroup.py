@@ -16,7 +16,8 @@ from gftdata.config import recipe_differences
 from gftdata.derive import Job, Source, make_job, read_source, read_table
 from gftdata.errors import UserError
 from gftdata.extend import RECIPES_DIFFER, comparable, drawn_counts
-from gftdata.shards import Index, ModelRecord, PromptCounts, read_index
+from gftdata.index import Index, read_index
+from gftdata.manifest import ModelRecord, PromptCounts
 
 Bools = npt.NDArray[np.bool_]
 

@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gftdata.errors import UserError, first_line
-from gftdata.shards import (
-    DATA,
-    MANIFEST,
-    Manifest,
-    ShardRecord,
-    check_shard,
-    check_unpacked_size,
-    open_parquet,
-    read_manifest,
-)
+from gftdata.manifest import DATA, MANIFEST, Manifest, ShardRecord, read_manifest
+from gftdata.shards import check_shard, check_unpacked_size, open_parquet
 from gftdata.types import GivenText, Message, Prompt
 
 COLUMNS = (

@@ -18,6 +18,10 @@ from gftdata.errors import UserError
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
 
 SCHEMA_VERSION = 1
+
+# what planning an epoch reads
+PLANNED_LISTS = ["rewards", "sources", "num_tokens"]
+INDEX_COLUMNS = [*PLANNED_LISTS, "num_prompt_tokens"]
 VERSION_KEY = b"gft.schema_version"
 
 PER_RESPONSE = (

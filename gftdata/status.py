@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from gftdata.errors import UserError, first_line
 from gftdata.events import Event, Listener
+from gftdata.manifest import MANIFEST, RECORD, WORK
 from gftdata.prepare import quarantined, read_plan, rows_of_shard
-from gftdata.shards import MANIFEST, RECORD, WORK, published
+from gftdata.shards import published
 from gftdata.store import Store
 from gftdata.tasks import Stopped, Task, owned
 

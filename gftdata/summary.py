@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gftdata.shards import SourceSummary, Summary
+from gftdata.manifest import SourceSummary, Summary
 from gftdata.store import named
 from gftdata.types import EXPERT
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from gftdata.config import HfConfig
 from gftdata.errors import UserError, first_line
+from gftdata.index import Index
 from gftdata.locations import Shard, open_data, read_index
 from gftdata.schema import check_rows, check_schema, table_to_groups
-from gftdata.shards import Index
 from gftdata.tokens import VOCABULARY, load_tokenizer, load_vocabulary, token_texts
 from gftdata.types import Group, LogProbs, ScoreRequest
 from gfttrain.advantage import segment_advantages

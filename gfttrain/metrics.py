@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from gftdata.errors import UserError
-from gftdata.shards import Index
+from gftdata.index import Index
 from gftdata.store import named, read_file, replacing
 from gftdata.types import SELF
 from gfttrain.config import ObjectiveConfig

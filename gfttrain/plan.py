@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gftdata.errors import UserError
-from gftdata.shards import Index
+from gftdata.index import Index
 from gfttrain.advantage import segment_advantages
 from gfttrain.config import BatchConfig, FilterConfig, ObjectiveConfig
 

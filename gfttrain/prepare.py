@@ -15,9 +15,11 @@ from transformers import get_scheduler
 
 from gftdata.config import recipe_differences
 from gftdata.errors import UserError
+from gftdata.index import Index
 from gftdata.locations import Shard, open_data, read_index
+from gftdata.manifest import Manifest
 from gftdata.models import model_revision
-from gftdata.shards import Index, Manifest, check_writable, write_atomic
+from gftdata.shards import check_writable, write_atomic
 from gftdata.store import read_file
 from gftdata.summary import weakness
 from gftdata.tokens import Tokenizer, load_tokenizer

@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 
 from gftdata.errors import UserError
-from gftdata.shards import Index, check_unpacked_size, make_index, open_parquet, read_short_columns
+from gftdata.index import Index, make_index, read_short_columns
+from gftdata.shards import check_unpacked_size, open_parquet
 from gftdata.tokens import next_token_inputs
 from gftdata.types import LogProbs, TokenIds
 from gfttrain.attention import Segments, make_segments, moved

@@ -17,8 +17,9 @@ import torch
 
 from gftdata.engines.hf import HfEngine
 from gftdata.errors import UserError
+from gftdata.index import Index
 from gftdata.locations import checked_shards
-from gftdata.shards import Index, Manifest
+from gftdata.manifest import Manifest
 from gftdata.tokens import Tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint, metrics

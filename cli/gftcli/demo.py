@@ -14,8 +14,9 @@ from gftcli import progress, show, show_comparison
 from gftdata.config import GenerateConfig, load_config
 from gftdata.errors import UserError
 from gftdata.generate import generate
+from gftdata.manifest import read_manifest
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths
+from gftdata.shards import shard_paths
 from gftdata.types import Group
 from gfttrain.advantage import group_advantages
 from gfttrain.compare import compare, write_report

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from gftdata.exports import Exported
     from gftdata.fetch import Sized
     from gftdata.imports import Imported
+    from gftdata.manifest import Manifest, PromptCounts, SourceSummary
     from gftdata.pilot import Pilot
     from gftdata.prepare import Preview
     from gftdata.pull import Pulled
     from gftdata.push import Plan, Pushed
-    from gftdata.shards import Manifest, PromptCounts, SourceSummary
     from gftdata.status import Status
     from gftdata.tasks import Task
     from gfttrain.benchmarks import Plan as EvalPlan

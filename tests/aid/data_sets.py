@@ -7,19 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gftdata.manifest import DATA, FORMAT, Manifest, ModelRecord, PromptCounts, TokenizerRecord, write_manifest
 from gftdata.schema import SCHEMA_VERSION, groups_to_table
-from gftdata.shards import (
-    DATA,
-    FORMAT,
-    Manifest,
-    ModelRecord,
-    PromptCounts,
-    TokenizerRecord,
-    all_records,
-    package_versions,
-    publish_shard,
-    write_manifest,
-)
+from gftdata.shards import all_records, package_versions, publish_shard
 from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict

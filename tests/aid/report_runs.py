@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models
 
 from gftdata.config import validate_config
+from gftdata.manifest import read_manifest
 from gftdata.schema import groups_to_table, table_to_groups
-from gftdata.shards import read_manifest, sha256_file, shard_paths
+from gftdata.shards import sha256_file, shard_paths
 from gftdata.types import Group, Message
 from gfttrain.config import TrainConfig
 from gfttrain.metrics import append_line

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gftdata.shards import read_manifest, verify
+from gftdata.manifest import read_manifest
+from gftdata.shards import verify
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from gftcli import show
 from gftdata.config import GenerateConfig
+from gftdata.manifest import Manifest, PromptCounts, SourceSummary, Summary, TokenizerRecord
 from gftdata.prepare import Preview
-from gftdata.shards import Manifest, PromptCounts, SourceSummary, Summary, TokenizerRecord
 from gftdata.tasks import Task
 
 COUNTS = {

@@ -10,7 +10,8 @@ import pytest
 import slurm
 import yaml
 
-from gftdata.shards import MANIFEST, read_manifest, shard_paths, verify
+from gftdata.manifest import MANIFEST, read_manifest
+from gftdata.shards import shard_paths, verify
 from gfttrain.results import read_results
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"

@@ -23,8 +23,8 @@ from gftdata.errors import UserError
 from gftdata.finalize import finalize
 from gftdata.journal import read_journal
 from gftdata.locations import checked_shards, verify_data
+from gftdata.manifest import Manifest
 from gftdata.prepare import read_plan, shard_prompts
-from gftdata.shards import Manifest
 from gftdata.store import FolderStore
 from gftdata.tokens import load_tokenizer
 from gfttrain import checkpoint, metrics

@@ -24,7 +24,8 @@ from gftdata.config import validate_config
 from gftdata.derive import RejudgeConfig, derive, plan_rejudge
 from gftdata.errors import UserError
 from gftdata.locations import checked_shards, open_data, verify_data
-from gftdata.shards import parse_manifest, sha256_file
+from gftdata.manifest import parse_manifest
+from gftdata.shards import sha256_file
 from gftdata.template_trial import check_template
 from gftdata.tokens import load_tokenizer
 from gfttrain.config import TrainConfig

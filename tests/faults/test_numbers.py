@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from gftdata.config import validate_config
 from gftdata.errors import UserError
+from gftdata.index import Index, check_short_columns
 from gftdata.schema import check_rows, groups_to_table, parquet_options, table_to_groups
-from gftdata.shards import Index, check_short_columns
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
 from gfttrain import train as training
 from gfttrain.advantage import group_advantages, segment_advantages

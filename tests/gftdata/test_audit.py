@@ -14,7 +14,7 @@ from gftdata import content
 from gftdata.audit import Finding
 from gftdata.errors import UserError
 from gftdata.inspection import Inspection, inspect_data
-from gftdata.shards import MANIFEST, ModelRecord, TokenizerRecord, read_manifest
+from gftdata.manifest import MANIFEST, ModelRecord, TokenizerRecord, read_manifest
 from gftdata.tokens import NO_TEMPLATE_HASH, encode_prompt, load_tokenizer
 from gftdata.types import Group, Message
 
@@ -277,7 +277,7 @@ def test_a_row_group_that_unpacks_to_too_much_is_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(tmp_path, [clean()])
-    monkeypatch.setattr("gftdata.locations.MAX_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr("gftdata.shards.MAX_ROW_GROUP_BYTES", 10)
     found = inspect_data(str(folder))
     assert found.content.groups == 0 and len(found.content.left_out) == 4
     assert "row group 0 unpacks to" in found.content.left_out[0]

@@ -8,8 +8,8 @@ import yaml
 
 from gftdata.card import COLUMNS, is_on_the_hub, write_card
 from gftdata.config import GenerateConfig, validate_config
+from gftdata.manifest import Manifest, ModelRecord
 from gftdata.schema import schema
-from gftdata.shards import Manifest, ModelRecord
 from gfttrain.config import TrainConfig
 
 CONFIG: dict[str, Any] = {

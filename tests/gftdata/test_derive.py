@@ -19,10 +19,7 @@ from gftdata.derive import Job, RejudgeConfig, RescoreConfig, derive, plan_rejud
 from gftdata.errors import UserError
 from gftdata.events import Event
 from gftdata.generate import generate
-from gftdata.regroup import plan_filter, plan_merge, plan_split, position
-from gftdata.rewards import judge
-from gftdata.schema import groups_to_table, table_to_groups
-from gftdata.shards import (
+from gftdata.manifest import (
     DATA,
     MANIFEST,
     WORK,
@@ -30,14 +27,13 @@ from gftdata.shards import (
     ModelRecord,
     PromptCounts,
     TokenizerRecord,
-    all_records,
-    package_versions,
-    publish_shard,
     read_manifest,
-    shard_paths,
-    verify,
     write_manifest,
 )
+from gftdata.regroup import plan_filter, plan_merge, plan_split, position
+from gftdata.rewards import judge
+from gftdata.schema import groups_to_table, table_to_groups
+from gftdata.shards import all_records, package_versions, publish_shard, shard_paths, verify
 from gftdata.store import FolderStore
 from gftdata.summary import summarise
 from gftdata.types import Completion, Group, LogProbs, Message, Prompt, Response, ScoreRequest, Unscored, Verdict

@@ -21,8 +21,9 @@ from gftdata.errors import UserError
 from gftdata.exports import Exported, export
 from gftdata.generate import generate
 from gftdata.layouts import FORMATS, Candidate, ExportOptions, pairs_of
+from gftdata.manifest import read_manifest
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths
+from gftdata.shards import shard_paths
 from gftdata.types import Group, Response
 
 OneLine = Callable[[BaseException], str]

@@ -18,10 +18,11 @@ from gftdata.events import Event
 from gftdata.extend import number_samples
 from gftdata.generate import generate
 from gftdata.groups import sample_seed
+from gftdata.manifest import read_manifest
 from gftdata.pilot import run_pilot
 from gftdata.prepare import preview
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths, verify
+from gftdata.shards import shard_paths, verify
 from gftdata.types import Group
 
 MakeConfig = Callable[..., GenerateConfig]

@@ -22,9 +22,10 @@ from gftdata.events import Event
 from gftdata.generate import generate
 from gftdata.groups import sample_seed
 from gftdata.journal import read_journal
+from gftdata.manifest import MANIFEST, WORK, Manifest, read_manifest
 from gftdata.prepare import preview, sole_writer
 from gftdata.schema import table_to_groups
-from gftdata.shards import MANIFEST, WORK, Manifest, read_manifest, shard_paths, verify
+from gftdata.shards import shard_paths, verify
 from gftdata.status import TASKS
 from gftdata.store import FolderStore
 from gftdata.tokens import encode_response, load_tokenizer

@@ -18,8 +18,9 @@ from gftdata.engines import remote, server
 from gftdata.errors import UserError
 from gftdata.events import Event
 from gftdata.generate import generate
+from gftdata.manifest import read_manifest
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths, verify
+from gftdata.shards import shard_paths, verify
 from gftdata.tokens import encode_response, load_tokenizer
 from gftdata.types import Group
 

@@ -17,7 +17,8 @@ from aid.fake_hub import READ, WRITE, FakeHub, Repo
 
 from gftdata.errors import UserError
 from gftdata.hub import repo_name, said_in_one_line
-from gftdata.shards import read_manifest, verify
+from gftdata.manifest import read_manifest
+from gftdata.shards import verify
 
 REPO = "someone/sums"
 NO_WAITING = "import time; time.sleep = lambda seconds: None\n"  # the client waits longer after each failure

@@ -18,9 +18,10 @@ from gftdata.exports import export
 from gftdata.generate import generate
 from gftdata.imports import INSTRUCTION, Imported, Places, import_prompts, prompt_row, unusable
 from gftdata.layouts import Candidate, ExportOptions, GroupRow, rows_of
+from gftdata.manifest import read_manifest
 from gftdata.prompts import read_prompts
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths, verify
+from gftdata.shards import shard_paths, verify
 
 OneLine = Callable[[BaseException], str]
 Write = Callable[..., Path]

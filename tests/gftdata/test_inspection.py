@@ -18,7 +18,8 @@ from gftdata.counts import count
 from gftdata.errors import UserError
 from gftdata.inspection import as_json, inspect_data
 from gftdata.locations import open_data
-from gftdata.shards import read_manifest, sha256_file, write_manifest
+from gftdata.manifest import read_manifest, write_manifest
+from gftdata.shards import sha256_file
 from gftdata.store import FolderStore
 
 S3_DATA = f"s3://{BUCKET}/made/data"

@@ -21,10 +21,12 @@ from aid.download_hub import COMMIT, DownloadHub
 
 from gftdata.config import validate_config
 from gftdata.errors import UserError
+from gftdata.index import Index
+from gftdata.index import read_index as read_local_index
 from gftdata.locations import checked_shards, open_data, read_index, verify_data
+from gftdata.manifest import read_manifest
 from gftdata.schema import parquet_options
-from gftdata.shards import Index, read_manifest, sha256_file, shard_paths
-from gftdata.shards import read_index as read_local_index
+from gftdata.shards import sha256_file, shard_paths
 
 FETCH = """
 import json, sys

@@ -12,10 +12,11 @@ import pytest
 from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
 from gftdata.generate import generate
+from gftdata.manifest import read_manifest
 from gftdata.prompts import read_prompts
 from gftdata.reuse import find_data
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths, verify
+from gftdata.shards import shard_paths, verify
 from gftdata.tokens import encode_prompt, encode_response, load_tokenizer
 from gftdata.types import Group
 

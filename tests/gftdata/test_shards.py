@@ -18,24 +18,18 @@ import pytest
 
 from gftdata import shards
 from gftdata.errors import UserError
+from gftdata.index import Index, check_short_columns, read_index
+from gftdata.manifest import DATA, MANIFEST, MAX_MANIFEST_BYTES, WORK, Manifest, read_manifest, write_manifest
 from gftdata.schema import groups_to_table, schema, table_to_groups
 from gftdata.shards import (
-    DATA,
-    MANIFEST,
-    WORK,
-    Manifest,
     check_record,
-    check_short_columns,
     publish_shard,
-    read_index,
-    read_manifest,
     sha256_file,
     shard_name,
     shard_paths,
     shard_record,
     verify,
     write_atomic,
-    write_manifest,
 )
 from gftdata.store import FolderStore
 from gftdata.types import Completion, Group, Message, Prompt, Response, Verdict
@@ -348,7 +342,7 @@ def test_a_manifest_may_not_name_files_elsewhere(finished: Path, one_line: OneLi
         ('{"format": "gft-groups", "schema_version": 2}', "found gft-groups version 2"),
         ("{}", "found None version None"),
         (b"[" * 100_000, "not a manifest"),
-        (b" " * (shards.MAX_MANIFEST_BYTES + 1), "expected at most 67,108,864"),
+        (b" " * (MAX_MANIFEST_BYTES + 1), "expected at most 67,108,864"),
     ],
 )
 def test_manifests_that_are_none(tmp_path: Path, one_line: OneLine, content: str | bytes, part: str) -> None:
@@ -430,7 +424,7 @@ def test_an_index_depends_on_the_order_of_its_files_only_in_where_things_are(tmp
     paths = sorted((tmp_path / DATA).iterdir())
     forward, backward = read_index(paths), read_index(paths[::-1])
 
-    def by_place(index: shards.Index) -> dict[Any, Any]:
+    def by_place(index: Index) -> dict[Any, Any]:
         return {
             (
                 index.paths[index.path_of_group[g]].name,

@@ -11,8 +11,9 @@ import pytest
 
 from gftdata.errors import UserError
 from gftdata.events import Event
+from gftdata.manifest import DATA, MANIFEST, WORK
 from gftdata.prepare import PLAN
-from gftdata.shards import DATA, MANIFEST, WORK, shard_name
+from gftdata.shards import shard_name
 from gftdata.status import SILENT_S, TASKS, Attempt, read_status, reporting
 from gftdata.store import FolderStore
 from gftdata.tasks import Stopped, Task, new_attempt

@@ -27,7 +27,8 @@ from gftdata.finalize import finalize
 from gftdata.generate import generate
 from gftdata.journal import JOURNAL, Entry, open_journal, read_journal
 from gftdata.locations import checked_shards, open_data, read_index
-from gftdata.shards import DATA, WORK, read_manifest, verify
+from gftdata.manifest import DATA, WORK, read_manifest
+from gftdata.shards import verify
 from gftdata.status import read_status
 from gftdata.store import BucketStore, FolderStore, Store, open_store
 from gftdata.tasks import Task

@@ -21,8 +21,9 @@ from gftdata.config import GenerateConfig, validate_config
 from gftdata.errors import UserError
 from gftdata.finalize import finalize
 from gftdata.generate import generate
+from gftdata.manifest import DATA, MANIFEST, WORK, read_manifest
 from gftdata.prepare import read_plan
-from gftdata.shards import DATA, MANIFEST, WORK, read_manifest, record_of, shard_paths, verify
+from gftdata.shards import record_of, shard_paths, verify
 from gftdata.status import TASKS, read_status
 from gftdata.store import FolderStore
 from gftdata.tasks import Stopped, Task, find_task, owned, stop_on_signals

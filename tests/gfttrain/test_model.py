@@ -27,7 +27,9 @@ from training_helpers import (
 from transformers import AutoModelForCausalLM
 
 from gftdata.errors import UserError
-from gftdata.shards import Index, read_index, read_manifest, shard_paths
+from gftdata.index import Index, read_index
+from gftdata.manifest import read_manifest
+from gftdata.shards import shard_paths
 from gfttrain.attention import NAME
 from gfttrain.config import ObjectiveConfig
 from gfttrain.distributed import alone

@@ -8,7 +8,7 @@ import pytest
 from training_helpers import make_index, random_groups
 
 from gftdata.errors import UserError
-from gftdata.shards import Index
+from gftdata.index import Index
 from gfttrain.advantage import group_advantages
 from gfttrain.config import BatchConfig, FilterConfig, ObjectiveConfig
 from gfttrain.plan import (

@@ -16,8 +16,10 @@ import torch
 from training_helpers import MODEL, random_examples
 
 from gftdata.errors import UserError
+from gftdata.index import Index, read_index
+from gftdata.manifest import read_manifest
 from gftdata.schema import groups_to_table, parquet_options, table_to_groups
-from gftdata.shards import Index, read_index, read_manifest, shard_paths
+from gftdata.shards import shard_paths
 from gftdata.tokens import load_tokenizer
 from gfttrain.attention import visible
 from gfttrain.config import BatchConfig, ObjectiveConfig

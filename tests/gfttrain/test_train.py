@@ -17,7 +17,9 @@ from training_helpers import DEMO, MODEL, tiny_policy, train_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gftdata.errors import UserError
-from gftdata.shards import read_index, read_manifest, shard_paths
+from gftdata.index import read_index
+from gftdata.manifest import read_manifest
+from gftdata.shards import shard_paths
 from gfttrain import train as training
 from gfttrain.config import BatchConfig, ObjectiveConfig
 from gfttrain.plan import make_schedule, select

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gftdata.config import validate_config
-from gftdata.shards import Index
+from gftdata.index import Index
 from gfttrain.attention import NAME
 from gfttrain.config import TrainConfig
 from gfttrain.model import Policy, no_losses

@@ -12,8 +12,9 @@ import pytest
 
 from gftdata.exports import export
 from gftdata.layouts import ExportOptions
+from gftdata.manifest import read_manifest
 from gftdata.schema import table_to_groups
-from gftdata.shards import read_manifest, shard_paths
+from gftdata.shards import shard_paths
 from gftdata.tokens import load_tokenizer
 from gftdata.types import Group
 

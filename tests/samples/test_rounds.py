@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gftdata.shards import read_manifest, verify
+from gftdata.manifest import read_manifest
+from gftdata.shards import verify
 from gfttrain.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]

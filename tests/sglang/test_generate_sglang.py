@@ -22,7 +22,8 @@ from gftdata.config import GenerateConfig, SglangConfig, validate_config
 from gftdata.engines import sglang
 from gftdata.engines.sglang import SglangEngine
 from gftdata.generate import generate
-from gftdata.shards import read_manifest, verify
+from gftdata.manifest import read_manifest
+from gftdata.shards import verify
 from gftdata.tokens import encode_prompt, load_tokenizer
 from gftdata.types import Message, Sample, SampleRequest, Sampling, ScoreRequest, Seed
 

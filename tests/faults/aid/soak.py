@@ -59,7 +59,7 @@ def train(folder: Path, groups: int, done: Callable[[int], None], data: str) -> 
     import torch
 
     from gftdata.config import validate_config
-    from gftdata.shards import read_manifest
+    from gftdata.manifest import read_manifest
     from gfttrain.config import TrainConfig
     from gfttrain.train import Event
     from gfttrain.train import train as run

@@ -11,6 +11,7 @@ from pathlib import Path
 from gftdata.errors import UserError
 
 FINAL, RUN, METRICS = "final", "run.json", "metrics.jsonl"
+LOCK = f".{RUN}.lock"  # held by the process that trains; no part of a run
 
 
 def run_of(model: str) -> Path | None:

@@ -4,6 +4,7 @@ Read `_train` downward. What is found out before a model is loaded is prepare.py
 checkpoint.py's, what a step reports metrics.py's, how a model is loaded and sharded model.py's.
 """
 
+import fcntl
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from gftdata.errors import UserError
 from gftdata.index import Index
 from gftdata.locations import checked_shards
 from gftdata.manifest import Manifest
+from gftdata.store import hold
 from gftdata.tokens import Tokenizer
 from gftdata.types import SELF
 from gfttrain import checkpoint, metrics
@@ -43,7 +45,7 @@ from gfttrain.model import (
 from gfttrain.objective import token_losses
 from gfttrain.plan import Pack, Step, lay_out
 from gfttrain.prepare import Prepared, make_optimizer, make_scheduler, prepare, write_run_file
-from gfttrain.runs import FINAL, METRICS
+from gfttrain.runs import FINAL, LOCK, METRICS
 from gfttrain.stream import Batch, Example, ShardReader, collate, read_ahead
 
 PROBE_TOKENS = 2048  # response tokens, about, of the look at the stored log-probs before the first step
@@ -86,15 +88,19 @@ def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
         stop_on_signals() as stop_requested
     ):  # from here on: a signal while the model loads must not end one rank alone
         world = join(config.device)
+        listener = on_event if world.rank == 0 else lambda event: None
         try:
-            return _train(config, world, stop_requested, on_event if world.rank == 0 else lambda event: None)
+            with ExitStack() as held:
+                return _train(config, world, stop_requested, listener, held)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(config, error) from None
         finally:
             leave(world)
 
 
-def _train(config: TrainConfig, world: World, stop_requested: Callable[[], bool], on_event: Listener) -> Path:
+def _train(
+    config: TrainConfig, world: World, stop_requested: Callable[[], bool], on_event: Listener, held: ExitStack
+) -> Path:
     with together(world):
         prepared = prepare(config)
     out, steps, index, objective = Path(config.out), prepared.steps, prepared.index, config.objective
@@ -120,6 +126,7 @@ def _train(config: TrainConfig, world: World, stop_requested: Callable[[], bool]
     # nothing was written before this line: whatever is wrong with the model or the settings has shown by now
     with together(world):
         if world.rank == 0:
+            _alone(out, prepared, held)
             write_run_file(config, out)
             metrics.cut_back(out / METRICS, prepared.first_step)
     on_event(Event("start", prepared.first_step, len(steps), {}, tuple(start_notices)))
@@ -225,6 +232,15 @@ def _train(config: TrainConfig, world: World, stop_requested: Callable[[], bool]
         if world.rank == 0:
             export(state, config, prepared.tokenizer, out / FINAL)
     return out / FINAL
+
+
+def _alone(out: Path, prepared: Prepared, held: ExitStack) -> None:
+    """Keep other processes out of the run folder. Raises UserError where one is in it, or was since the look at it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context((out / LOCK).open("w"))
+    hold(lock, fcntl.LOCK_EX, f"{out}: another gft train is writing there; wait, or name another folder (out)")
+    if (out / FINAL).is_dir() or checkpoint.latest(out) != prepared.resume_from:
+        raise UserError(f"{out}: another gft train has gone on there meanwhile; the same command goes on from it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """A run from shards to weights: what it writes, what it reports, what it refuses."""
 
+import fcntl
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from gfttrain.config import BatchConfig, ObjectiveConfig
 from gfttrain.plan import make_schedule, select
 from gfttrain.prepare import prepare
 from gfttrain.presets import METHODS, folder_name
-from gfttrain.runs import finished_model
+from gfttrain.runs import LOCK, finished_model
 from gfttrain.train import Event, train
 
 SOURCES = ("expert", "teacher:hint", "self")
@@ -412,6 +413,32 @@ def test_a_run_that_was_killed_while_it_marked_its_folder_begins_again(data: Pat
     (tmp_path / "run" / "other").touch()
     with pytest.raises(UserError, match="not empty and not a run of gft train"):
         prepare(train_settings(data, tmp_path / "run"))
+
+
+def test_two_processes_do_not_train_in_one_folder(data: Path, tmp_path: Path) -> None:
+    config = train_settings(data, tmp_path / "run", max_steps=2)
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another gft train is writing there"):
+            train(config)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    train(config)
+
+
+def test_what_another_process_did_since_the_look_is_not_undone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_settings(data, tmp_path / "run", max_steps=2)
+    before = prepare(config)
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "final")
+    written = files(tmp_path / "run")
+    monkeypatch.setattr(training, "prepare", lambda config: before)
+    with pytest.raises(UserError, match="another gft train has gone on there meanwhile"):
+        train(config)
+    assert files(tmp_path / "run").keys() == written.keys()
+    assert lines(tmp_path / "run") == [json.loads(line) for line in written["metrics.jsonl"][1].splitlines()]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gftdata.config import HfConfig
-from gftdata.errors import UserError, first_line
+from gftdata.errors import UserError
 from gftdata.index import Index
-from gftdata.locations import Shard, open_data, read_index
-from gftdata.schema import check_rows, check_schema, table_to_groups
+from gftdata.locations import Shard, open_data, open_shard, read_index
+from gftdata.schema import check_rows, table_to_groups
+from gftdata.shards import check_unpacked_size
 from gftdata.tokens import VOCABULARY, load_tokenizer, load_vocabulary, token_texts
 from gftdata.types import Group, LogProbs, ScoreRequest
 from gfttrain.advantage import segment_advantages
@@ -34,6 +33,7 @@ class Examples:
     """Some groups of a data set."""
 
     locations: tuple[str, ...]
+    tokenizers: frozenset[str]  # hashes, of the data sets
     index: Index
     chosen: tuple[int, ...]  # groups of the index
     groups: tuple[Group, ...]
@@ -68,24 +68,22 @@ def _spread(among: npt.NDArray[np.int64], count: int) -> tuple[int, ...]:
 
 def read_examples(locations: Sequence[str], count: int) -> Examples:
     """Choose and read groups of the data sets at these locations, taken together. Raises UserError."""
-    shards = [shard for location in locations for shard in open_data(location).shards]
+    data = [open_data(location) for location in locations]
+    shards = [shard for each in data for shard in each.shards]
     index = read_index(shards)
     chosen = choose_groups(index, count)
     groups = tuple(_read_group(index, shards, group) for group in chosen)
-    return Examples(tuple(locations), index, chosen, groups, tuple(index.place_of(group) for group in chosen))
+    tokenizers = frozenset(each.manifest.tokenizer.hash for each in data)
+    places = tuple(index.place_of(group) for group in chosen)
+    return Examples(tuple(locations), tokenizers, index, chosen, groups, places)
 
 
 def _read_group(index: Index, shards: Sequence[Shard], group: int) -> Group:
-    shard = shards[int(index.path_of_group[group])]
-    where = f"{shard.where}: row group {index.row_group_of_group[group]}"
-    try:
-        with shard.peek() as opened, pq.ParquetFile(opened) as file:
-            check_schema(file.schema_arrow, shard.where)
-            table = file.read_row_group(int(index.row_group_of_group[group]))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{where} cannot be read: {first_line(error)}") from None
-    row = table.slice(int(index.row_of_group[group]), 1)
-    if problems := check_rows(row, where):
+    shard, row_group = shards[int(index.path_of_group[group])], int(index.row_group_of_group[group])
+    with open_shard(shard) as file:
+        check_unpacked_size(file, row_group, shard.where)
+        row = file.read_row_group(row_group).slice(int(index.row_of_group[group]), 1)
+    if problems := check_rows(row, f"{shard.where}: row group {row_group}"):
         raise UserError(f"{problems[0]}; `gft validate` lists all that is wrong")
     return next(table_to_groups(row))
 
@@ -111,7 +109,10 @@ def score(examples: Examples, run: Path) -> tuple[tuple[LogProbs, ...], ...]:
     final = run / FINAL
     if not final.is_dir():
         raise UserError(f"{run}: not scored: this run of gft train is not finished")
-    engine = open_engine(str(final), HfConfig(), load_tokenizer(str(final)))
+    tokenizer = load_tokenizer(str(final))
+    if examples.tokenizers != {tokenizer.hash}:
+        raise UserError(f"{run}: not scored: its tokenizer is not that of {', '.join(examples.locations)}")
+    engine = open_engine(str(final), HfConfig(), tokenizer)
     try:
         requests = [
             ScoreRequest(group.prompt_ids, response.completion.response_ids[:MAX_TOKENS])

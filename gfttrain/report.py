@@ -234,6 +234,8 @@ def _examples(
         try:
             found = read_examples(locations, options.groups)
         except UserError as error:
+            if options.data is not None:  # which somebody has named for this page
+                raise
             missing.append(f"groups: {error}")
             continue
         examples.append(found)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,18 @@ def test_data_out_of_reach_is_said_and_can_be_named(tmp_path: Path, data: Path):
     assert written.groups == 0 and "no such data set folder" in written.missing[0]
     assert data_of(tmp_path / "r.html")["series"][0]["loss"]
     assert write_report([run], tmp_path / "r.html", Options(data=str(data))).groups == 12
+    with pytest.raises(UserError, match="nowhere: no such data set folder"):  # asked for by hand
+        write_report([run], tmp_path / "r.html", Options(data=str(tmp_path / "nowhere")))
+
+
+def test_a_model_does_not_score_the_tokens_of_another(tmp_path: Path, data: Path):
+    run = write_run(tmp_path / "run", data)
+    found = read_examples([str(data)], 2)
+    shutil.rmtree(run / "final")
+    shutil.copytree(MODEL, run / "final")
+    assert len(score(found, run)) == 2
+    with pytest.raises(UserError, match="not scored: its tokenizer is not that of"):
+        score(replace(found, tokenizers=frozenset({"another"})), run)
 
 
 def test_without_a_tokenizer_the_numbers_are_there(tmp_path: Path, data: Path):

@@ -21,7 +21,7 @@ def name_of(run: "Run") -> str:
 
 def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedRun]") -> None:
     """What the comparison would train and evaluate, and about what that takes."""
-    rows = show.table("run", "steps", "done", "loss tokens", "positions", "memory", "time", "output")
+    rows = show.table("run", "steps", "done", "loss tokens", "positions", "memory", "training", "output")
     for one in found:
         if one.prepared is None:
             continue
@@ -156,6 +156,7 @@ def _legend(config: "CompareConfig") -> str:
     else:
         spread = (
             f"Means over {len(config.seeds)} training seeds. 95 % is Student's interval over them (of the untrained "
-            "model, over prompts), p a t-test of the change against it; neither says what other prompts would give."
+            "model, over prompts), p a t-test of the change against it; neither says what other prompts would give. "
+            "Of two or three seeds the interval is wide, and may leave 0 to 1."
         )
     return f"{spread}\nEntropy, and KL to the reference, in nats a token."

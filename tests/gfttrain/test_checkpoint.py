@@ -22,7 +22,7 @@ from torch.nn import functional
 from gftdata.errors import UserError
 from gfttrain import checkpoint
 from gfttrain.checkpoint import Position, latest, read_position, restore, save
-from gfttrain.distributed import World, alone, join, launch, leave, sum_gradients
+from gfttrain.distributed import World, alone, end_rank, join, launch, leave, sum_gradients
 
 ALONE = alone(torch.device("cpu"))
 Tensors = dict[str, torch.Tensor]
@@ -503,12 +503,13 @@ def kills(folder: str) -> None:
     print("ok")
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
-
-
 def test_a_file_that_was_put_there_is_not_read(tmp_path: Path) -> None:
     path = Training(ALONE).steps(1).save(tmp_path, 1)
     shutil.copy(path / "rank-00000.safetensors", path / "shards" / "more.safetensors")
     with pytest.raises(UserError, match=r"more.safetensors: is not of this checkpoint"):
         restore(path, *Training(ALONE).parts())
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    end_rank(0)

@@ -434,3 +434,4 @@ def wait() -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
+    end_rank(0)

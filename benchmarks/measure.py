@@ -57,6 +57,12 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
     return Ran(text, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
 
 
+def peak_megabytes() -> float:
+    """The peak resident size of this process so far, counted from its start: not what its parent held (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def last_json(ran: Ran) -> dict[str, Any]:
     """The object on the last line that a process printed."""
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])

@@ -25,13 +25,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from measure import peak_megabytes
 from synthetic import NAMES, RESPONSES, Lengths, make_data, shard_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = Lengths(prompt=200, shortest=100, longest=600)
+COST = (9e9, 350e3, 1.4e9)  # FLOP of a model of 1.5B: see gfttrain.plan.Cost
 WIDTHS = (6, 8, 8, 14, 8, 7, 11, 11, 9, 9, 7)  # of the table
 
 
@@ -42,51 +48,88 @@ def drop_pages(paths: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def peak_megabytes() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
 def bytes_from_disk() -> int:
     return int(Path("/proc/self/io").read_text().partition("\nread_bytes:")[2].split()[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """An epoch as `gft train` plans it, and the seconds that index and plan took."""
+
+    index: Any
+    selection: Any
+    steps: Sequence[Any]
+    indexing: float
+    planning: float
+
+
+def plan_epoch(shards: Sequence[Any], advantage: str = "group") -> Epoch:
+    """Index and plan of shards. With advantage `one` every response is trained on, whatever its reward."""
+    from gftdata.locations import read_index
+    from gfttrain.config import BatchConfig, ObjectiveConfig
+    from gfttrain.plan import make_schedule, schedule_hash, select
+
+    began = time.perf_counter()
+    index = read_index(shards)
+    indexed = time.perf_counter()
+    selection = select(index, ObjectiveConfig(advantage=advantage))
+    steps = make_schedule(index, selection, BatchConfig(), seed=0, epochs=1, max_steps=None, skip_unjudged=False)
+    schedule_hash(index, selection, steps, [shard.record.sha256 for shard in shards])
+    return Epoch(index, selection, steps, indexed - began, time.perf_counter() - indexed)
+
+
+@contextmanager
+def batches_of(shards: Sequence[Any], epoch: Epoch) -> Iterator[Iterator[list[Any]]]:
+    """The micro-batches of each step, collated in the read-ahead thread."""
+    from gftdata.locations import checked_shards
+    from gfttrain.config import BatchConfig
+    from gfttrain.plan import Cost, lay_out
+    from gfttrain.stream import ShardReader, collate, read_ahead
+
+    batch, cost = BatchConfig(), Cost(*COST)
+    reader = ShardReader(epoch.index, epoch.selection, batch.shuffle_row_groups, checked_shards(shards))
+    made = (
+        [
+            collate(reader.examples(pack), batch.layout)
+            for pack in lay_out(epoch.index, epoch.selection, step, batch, cost)[0]
+        ]
+        for step in epoch.steps
+    )
+    with read_ahead(made) as works:
+        yield works
+
+
+def import_trainer() -> None:
+    """So that imports are in no measured time and in the memory that is there before."""
+    import gftdata.locations
+    import gfttrain.plan
+    import gfttrain.stream  # noqa: F401
+
+
 def read_through(data: Path, num_shards: int) -> dict[str, float]:
     """One epoch over the first shards, in this process."""
-    from gftdata.locations import checked_shards, open_data, read_index
-    from gfttrain.config import BatchConfig, ObjectiveConfig
-    from gfttrain.plan import Cost, lay_out, make_schedule, schedule_hash, select
-    from gfttrain.stream import ShardReader, collate, read_ahead
+    import_trainer()
+    from gftdata.locations import open_data
 
     shards = open_data(str(data)).shards[:num_shards]
     paths = [shard.path for shard in shards]
     drop_pages(paths)
     before, read_before, began = peak_megabytes(), bytes_from_disk(), time.perf_counter()
-    batch, cost = BatchConfig(), Cost(9e9, 350e3, 1.4e9)  # of a model of 1.5B
-    index = read_index(shards)
-    indexed = time.perf_counter()
-    selection = select(index, ObjectiveConfig())
-    steps = make_schedule(index, selection, batch, seed=0, epochs=1, max_steps=None, skip_unjudged=False)
-    schedule_hash(index, selection, steps, [shard.record.sha256 for shard in shards])
+    epoch = plan_epoch(shards)
     planned = time.perf_counter()
-    reader = ShardReader(index, selection, batch.shuffle_row_groups, checked_shards(shards))
-    made = (
-        [collate(reader.examples(pack), batch.layout) for pack in lay_out(index, selection, step, batch, cost)[0]]
-        for step in steps
-    )
     tokens = 0
-    with read_ahead(made) as works:
+    with batches_of(shards, epoch) as works:
         for work in works:
             tokens += sum(len(micro_batch.target_ids_N) for micro_batch in work)
     done = time.perf_counter()
-    assert tokens == int(index.num_tokens[selection.trained_R].sum())
+    assert tokens == int(epoch.index.num_tokens[epoch.selection.trained_R].sum())
     return {
         "from_disk": (bytes_from_disk() - read_before) / 1e9,
         "gigabytes": sum(path.stat().st_size for path in paths) / 1e9,
-        "groups": index.num_groups,
+        "groups": epoch.index.num_groups,
         "tokens": tokens,
-        "index": indexed - began,
-        "plan": planned - indexed,
+        "index": epoch.indexing,
+        "plan": epoch.planning,
         "stream": tokens / (done - planned),
         "whole": tokens / (done - began),
         "before": before,
@@ -116,7 +159,7 @@ def plan(num_groups: int) -> dict[str, float]:
         source_names=NAMES,
         source_codes=(np.arange(responses) % RESPONSES > 0).astype(np.int32),
     )
-    batch, cost = BatchConfig(), Cost(9e9, 350e3, 1.4e9)
+    batch, cost = BatchConfig(), Cost(*COST)
     times = [time.perf_counter()]
     selection = select(index, ObjectiveConfig())
     times.append(time.perf_counter())

@@ -7,6 +7,7 @@ is counted from the shards. Columns are made as whole arrays, so that a million 
 
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +105,16 @@ def _groups(values: pa.Array) -> pa.Array:
 
 def make_data(out: Path, num_shards: int, lengths: Lengths) -> None:
     """So many shards of the default size, and a manifest."""
-    rng, settings = np.random.default_rng(0), ShardsConfig()
-    text, store, per_shard = make_text(rng), FolderStore(out), settings.groups_per_shard
-    for number in range(num_shards):
-        table = make_table(rng, per_shard, text, number * per_shard, lengths)
+    rng, per_shard = np.random.default_rng(0), ShardsConfig().groups_per_shard
+    text = make_text(rng)
+    tables = (make_table(rng, per_shard, text, number * per_shard, lengths) for number in range(num_shards))
+    write_data(out, tables, num_shards)
+
+
+def write_data(out: Path, tables: Iterable[pa.Table], num_shards: int) -> None:
+    """A finished data set with a shard for each table."""
+    settings, store = ShardsConfig(), FolderStore(out)
+    for number, table in enumerate(tables):
         publish_shard(store, number, num_shards, table, settings.row_group_size, settings.logprob_dtype)
         shard_record(store, number, num_shards)
         print(f"\rmaking shards: {number + 1} of {num_shards}", end="", file=sys.stderr, flush=True)

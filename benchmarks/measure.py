@@ -102,11 +102,12 @@ def alternating(sides: Sequence[T], repeats: int) -> Iterator[T]:
         yield from sides if repeat % 2 == 0 else reversed(sides)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the first is set left, numbers are set right."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Columns as wide as their widest cell; the first `left` are set left, numbers are set right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for first, *others in (header, *rows):
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+    for row in (header, *rows):
+        wide = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in wide]
         print("  ".join(cells).rstrip(), flush=True)
 
 

@@ -3,14 +3,14 @@
     python benchmarks/plan_scale.py                          # 10,000, 100,000 and a million groups; a minute or two
     python benchmarks/plan_scale.py --groups 1000 10000
 
-Shards of 256 groups of 8 responses (synthetic.py) with short texts, of which planning reads nothing. At most 391 of them
-are made; more groups are those same shards again, opened and decoded as if they were others. Each size is a process of
-its own, with the shards in the page cache. Columns:
+Shards of 256 groups of 8 responses (synthetic.py) with short texts, of which planning reads nothing. At most 391 of
+them are made; more groups are those same shards again, opened and decoded as if they were others. Each size is a
+process of its own, with the shards in the page cache. Columns:
 
     index    every shard's short columns read from Parquet, and checked
     plan     selection, advantages, schedule of an epoch and its hash: what `gft train` does before its first step
-    layout   the first 2,000 steps (or all, where there are fewer) cut into micro-batches for 8 ranks; training does this
-             step by step beside the model, only `--dry-run` does it at once
+    layout   the first 2,000 steps (or all, where there are fewer) cut into micro-batches for 8 ranks; training does
+             this step by step beside the model, only `--dry-run` does it at once
     peak     resident memory, of which `before` was there when all was imported and nothing read
 
 `x` is the ratio to the line before; ten times the groups in ten times the seconds is x 10.

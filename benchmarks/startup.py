@@ -3,9 +3,9 @@
     python benchmarks/startup.py                # 7 rounds; a minute or two
     python benchmarks/startup.py --repeats 3 --trl ""
 
-Each is a process of its own, run in rounds that go through all of them in turn, forwards and backwards; files are in the
-page cache, and one round before the first is not counted. `modules` are those that the process imports (python -X
-importtime, one more run), `torch` whether torch is among them. `--dry-run` and `inspect` read a data set of 32 groups
+Each is a process of its own, run in rounds that go through all of them in turn, forwards and backwards; files are in
+the page cache. A round before the first is not counted: it lists the `modules` that the process imports (python -X
+importtime) and whether `torch` is among them. `--dry-run` and `inspect` read a data set of 32 groups
 that the demo's model made, so they do real work, tokenizer and all, on next to no data; `status` looks at a finished
 generation. TRL runs where an interpreter that has it is found (--trl).
 """

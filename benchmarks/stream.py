@@ -101,7 +101,7 @@ def batches_of(shards: Sequence[Any], epoch: Epoch) -> Iterator[Iterator[list[An
 
 def import_trainer() -> None:
     """So that imports are in no measured time and in the memory that is there before."""
-    import gftdata.locations
+    import gftdata.locations  # noqa: F401
     import gfttrain.plan
     import gfttrain.stream  # noqa: F401
 

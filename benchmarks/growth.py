@@ -13,9 +13,9 @@ Shards. The same 1,024 groups of 8 short responses in 1 to 1,024 files: index, p
 collating of an epoch, without a model, with the files in the page cache.
 
 Every point is measured once a round, in rounds that go through all points forwards and backwards; the first time at
-each is not counted. Medians, and quartiles as whiskers. `exponent` is log(last / first time) / log(last / first size): 1
-is time that grows as the size does, 0 time that does not; `of the last pair` is the same of the last two points, where
-the curve is going.
+each is not counted. Medians, and quartiles as whiskers. `exponent` is log(last / first time) / log(last / first size):
+1 is time that grows as the size does, 0 time that does not; `of the last pair` is the same of the last two points,
+where the curve is going.
 """
 
 import argparse

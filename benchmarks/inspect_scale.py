@@ -13,15 +13,12 @@ seconds, of all threads, hardly do. Memory is the peak resident size.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, Failed, end, print_end, print_table, run_process
+
 MODEL = ROOT / "samples" / "demo" / "model"
 
 
@@ -41,30 +38,6 @@ def make(data: Path, groups: int) -> None:
     write_manifest(FolderStore(data), manifest.model_copy(update={"tokenizer": record}))
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A command that was run."""
-
-    seconds: float
-    cpu_seconds: float  # user and system, of all threads
-    peak_megabytes: float
-    output: bytes
-
-
-def run(arguments: list[str]) -> Run:
-    """Run `gft ARGUMENTS`."""
-    with tempfile.TemporaryFile() as output:
-        began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "gftcli.main", *arguments], cwd=ROOT, stdout=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"gft {' '.join(arguments)}: exit code {process.returncode}")
-        output.seek(0)
-        return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output.read())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=1_000_000)
@@ -76,25 +49,36 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         data = str(Path(folder) / "data")
-        # in a process of its own: a child's peak is at least what its parent holds when it is started
-        subprocess.run([sys.executable, __file__, "--groups", str(options.groups), "--make", data], check=True)
+        run_process([sys.executable, __file__, "--groups", str(options.groups), "--make", data])
+        gft = [sys.executable, "-m", "gftcli.main", "inspect", data]
         runs = {
-            name: run(["inspect", data, *words])
+            name: run_process([*gft, *words])
             for name, words in {
                 "": [],
                 "--json": ["--json"],
                 "--model samples/demo/model": ["--model", str(MODEL)],
             }.items()
         }
-    found = json.loads(runs["--json"].output)
+    found = json.loads(runs["--json"].stdout)
     groups, responses = found["counts"]["summary"]["groups"], found["counts"]["summary"]["responses"]
-    print(f"python benchmarks/inspect_scale.py --groups {options.groups}\n")
     print(f"{groups:,} groups, {responses:,} responses, {found['shards']:,} shards, {found['bytes'] / 1e9:.2f} GB\n")
-    print(f"{'command':<46}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}")
-    for name, done in runs.items():
-        command = f"gft inspect DATA {name}".rstrip()
-        print(f"{command:<46}{done.seconds:>10.1f}{done.cpu_seconds:>10.1f}{done.peak_megabytes:>10,.0f}")
+    print_table(
+        ("command", "seconds", "CPU s", "peak MB"),
+        [
+            (
+                f"gft inspect DATA {name}".rstrip(),
+                f"{done.seconds:.1f}",
+                f"{done.cpu_seconds:.1f}",
+                f"{1024 * done.peak_gib:,.0f}",
+            )
+            for name, done in runs.items()
+        ],
+    )
+    print_end("pyarrow", "polars")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as failed:
+        end(failed)

@@ -10,15 +10,13 @@ that nobody's waiting counts. Engine and judges are other processes.
 
 import argparse
 import json
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, Failed, end, last_json, peak_megabytes, print_end, print_table, run_process
 
 
 def holding(model: Path, num_tokens: int, folder: Path) -> Path:
@@ -73,7 +71,7 @@ def measure(num_prompts: int, response_tokens: int, model: str) -> dict[str, flo
         "prompts": num_prompts,
         "tokens": response_tokens,
         "samples": samples,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_megabytes(),
         "ms_per_sample": 1000 * worked / samples,
     }
 
@@ -92,18 +90,27 @@ def main() -> None:
     for number in options.prompts:
         command = [sys.executable, __file__, "--one", str(number), "--tokens", str(options.tokens)]
         command += ["--model", options.model]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"{'prompts':>9} {'samples':>9} {'of tokens':>10} {'peak memory':>12} {'ratio':>6} {'Python time a sample':>21}"
+        rows.append(last_json(run_process(command)))
+    print_table(
+        ("prompts", "samples", "of tokens", "peak memory", "ratio", "Python time a sample"),
+        [
+            (
+                f"{row['prompts']:,}",
+                f"{row['samples']:,}",
+                f"{row['tokens']}",
+                f"{row['peak_mb']:,.0f} MB",
+                f"{row['peak_mb'] / rows[0]['peak_mb']:.3f}",
+                f"{row['ms_per_sample']:.3f} ms",
+            )
+            for row in rows
+        ],
+        left=0,
     )
-    for row in rows:
-        ratio = row["peak_mb"] / rows[0]["peak_mb"]
-        print(
-            f"{row['prompts']:>9,} {row['samples']:>9,} {row['tokens']:>10} {row['peak_mb']:>9,.0f} MB {ratio:>6.3f} "
-            f"{row['ms_per_sample']:>18.3f} ms"
-        )
+    print_end("pyarrow")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as failed:
+        end(failed)

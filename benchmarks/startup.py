@@ -113,14 +113,17 @@ def measure(all_commands: list[Command], repeats: int) -> dict[str, Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="+", metavar="COMMAND", help="some of them, as the table names them")
     parser.add_argument("--trl", default=".venv-trl/bin/python", help="interpreter that has TRL; empty: without")
     options = parser.parse_args()
     trl = str(ROOT / options.trl) if options.trl and (ROOT / options.trl).is_file() else ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_settings(folder)
-        run_process([sys.executable, *GFT, "generate", str(folder / "generate.yaml")])
-        rows = measure(commands(folder, trl), options.repeats)
+        chosen = [one for one in commands(folder, trl) if options.only is None or one.name in options.only]
+        if any(str(folder) in argument for one in chosen for argument in one.arguments):
+            run_process([sys.executable, *GFT, "generate", str(folder / "generate.yaml")])
+        rows = measure(chosen, options.repeats)
     header = ("command", "seconds: median", "middle half", "peak", "modules", "torch")
     print_table(
         header,

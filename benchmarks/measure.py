@@ -40,7 +40,7 @@ class Ran:
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Ran:
     """Run a command in the repository's folder, without the Hub. Raises Failed when its exit code is not 0."""
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         began = time.perf_counter()
         process = subprocess.Popen(

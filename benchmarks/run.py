@@ -165,7 +165,10 @@ def main() -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     head = [f"# Benchmarks, {now:%Y-%m-%d %H:%M} UTC", "", f"{os.cpu_count()} cores, commit {commit()}", ""]
     results.write_text("\n".join([*head, *(f"- {line}" for line in versions())]) + "\n")
-    failed = run_all(entries, results)
+    try:
+        failed = run_all(entries, results)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; what was run is in {results}")
     print(f"\nall tables: {results}")
     if failed:
         sys.exit("failed: " + "; ".join(failed))

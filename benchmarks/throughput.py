@@ -20,6 +20,7 @@ each side equal to 1e-4 those of a plain forward pass over that response alone; 
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -214,9 +215,13 @@ def run(command: list[str], environment: dict[str, str]) -> Run:
     return Run(result["tokens"] / result["seconds"], ran.seconds)
 
 
-def compare(sides: dict[str, Callable[[], list[str]]], rounds: int, after_first: Callable[[], None]) -> None:
+def compare(
+    sides: dict[str, Callable[[], list[str]]],
+    rounds: int,
+    environment: dict[str, str],
+    after_first: Callable[[], None] = lambda: None,
+) -> None:
     """All rounds; prints a line for each, then medians."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": f"{AID}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides) if number % 2 == 0 else reversed(sides):
@@ -272,7 +277,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         this = [sys.executable, __file__, *sys.argv[1:], "--side"]
-        count = iter(range(10**6))
+        count = itertools.count()
+        passive = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin steal from judges and driver
         plain = Path(folder) / "plain.parquet"
 
         def mine() -> list[str]:
@@ -284,7 +290,8 @@ def main() -> None:
             engine = {"model_path": options.model, "log_level": "error", **(CPU if options.cpu else {})}
             script = str(Path(__file__).with_name("bare_engine.py"))
             bare = [options.python, script, json.dumps(engine), requests, str(options.in_flight)]
-            compare({OURS: mine, BARE: lambda: bare}, options.pairs, lambda: None)
+            path = os.pathsep.join([str(AID), *filter(None, [os.environ.get("PYTHONPATH")])])
+            compare({OURS: mine, BARE: lambda: bare}, options.pairs, passive | {"PYTHONPATH": path})
         else:
             sizes = [str(size) for size in (options.prompts, options.samples, options.tokens, options.batch)]
             script = str(Path(__file__).with_name("plain_generate.py"))
@@ -300,7 +307,7 @@ def main() -> None:
                     )
 
             sides = {OURS: mine, BARE: lambda: [*this, "bare"], PLAIN: lambda: theirs}
-            compare(sides, options.pairs, same)
+            compare(sides, options.pairs, passive, same)
     print_end("torch", "transformers", "datasets")
 
 

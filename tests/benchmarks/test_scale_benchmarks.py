@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 
 def test_planning_is_measured_for_each_size(benchmark: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -25,6 +28,15 @@ def test_all_formats_give_the_same_and_are_measured(benchmark: Callable[..., lis
         ]
         assert all(float(row.split()[-1]) > 0 for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_format_that_gives_something_else_ends_the_run(module: Callable[[str], ModuleType]) -> None:
+    formats = module("formats")
+    same = {key: formats.Read(1.0, 10, 55, -0.0 if key[0] == formats.EXPORT else -3.5) for key in formats.READERS}
+    formats.check_same(same)
+    for wrong in (formats.Read(1.0, 9, 55, -3.5), formats.Read(1.0, 10, 54, -3.5), formats.Read(1.0, 10, 55, -3.4)):
+        with pytest.raises(SystemExit, match="not the same content: JSON Lines"):
+            formats.check_same(same | {(formats.JSONL, "orjson, rows"): wrong})
 
 
 def test_commands_are_timed_and_their_modules_counted(benchmark: Callable[..., list[str]]) -> None:

@@ -27,13 +27,13 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
+from measure import ROOT, print_end
 
 from gftdata.journal import read_journal
 from gftdata.manifest import DATA, QUARANTINE, WORK, read_manifest
 from gftdata.shards import verify
 from gftdata.store import FolderStore
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN, SHARD, MAX_TOKENS = 4, 8, 48
 Drawn = dict[tuple[str, str, int], tuple[str, tuple[int, ...]]]  # prompt, source, k -> text, ids
 
@@ -221,6 +221,7 @@ def main() -> None:
             shutil.rmtree(out)
             if kills >= options.kills:
                 break
+    print_end("torch", "transformers")
     sys.exit(failed)
 
 

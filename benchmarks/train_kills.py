@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import yaml
+from measure import ROOT, print_end
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "samples" / "demo" / "model"
 START_S = 8.0  # a life that is to end while it starts ends within so many seconds
 
@@ -151,6 +151,7 @@ def main() -> None:
             different += differences(folder / "run", folder / "whole")
             shutil.rmtree(folder / "run")
         print(f"\n{kills} kills, {finished} finished runs, differing from the uninterrupted one: {different or 'none'}")
+    print_end("torch", "transformers")
     sys.exit(bool(different))
 
 

@@ -59,7 +59,7 @@ def _value(match: re.Match[str]) -> Decimal | Fraction | None:
     return Decimal(f"{'-' if found['sign'] or found['inner_sign'] else ''}{digits}E{exponent}")
 
 
-def _pick(text: str, *, fractions: bool, first: bool = False) -> Decimal | Fraction | None:
+def _found(text: str, *, fractions: bool, first: bool = False) -> re.Match[str] | None:
     """The last (or first) number of `text`; superscripts and subscripts (`m^2`, `a_{10}`) are not numbers."""
     chosen = None
     found = _FRACTION_OR_NUMBER_RE.finditer(_SLASH_RE.sub(r"\\frac{\1}{\2}", text)) if fractions else None
@@ -68,7 +68,7 @@ def _pick(text: str, *, fractions: bool, first: bool = False) -> Decimal | Fract
             chosen = match
             if first:
                 break
-    return None if chosen is None else _value(chosen)
+    return chosen
 
 
 # In a box: what makes of the number beside it another value, or no single one.
@@ -80,6 +80,7 @@ _NOT_ITS_VALUE = re.compile(
 )
 _SEPARATOR = re.compile(r"(?<!\\)[,;]")  # not a thin space, \,
 _POWER = re.compile(r"\s*+\^(?!\s*+\{?\s*+\\circ)")
+_ANOTHER = re.compile(r"\s*+(?:[,;]|(?i:and|or)\b)\s*+[-\u2212$\\]{0,3}\d")  # directly after a number
 _OR = re.compile(r"(?i:\b(?:and|or)\b)|\\(?:vee|lor|wedge|land)(?![a-zA-Z])|[,;]")
 _SCALE = re.compile(r"(?i:\b(hundred|thousand|million|billion|trillion|dozen|percent)s?\b)")
 
@@ -119,9 +120,10 @@ def _is_script(match: re.Match[str]) -> bool:
 def last_number(text: str) -> Decimal | Fraction | None:
     r"""The number a text ends in: in the last `\boxed{}`, else after the last `####`, else the last one of all.
 
-    A box that holds numbers is the answer: one that names several, or a range, or what the answer is not, has no value.
-    Fractions of integers are understood in a box, after `####` and as the whole text. None when there is no number or
-    it has over 4,000 digits or 4 exponent digits. Linear in the length of the text.
+    A box that holds numbers is the answer: one that names several, or a range, or what the answer is not, has no value;
+    nor has `#### 12, 13` or `#### 12 or 13`. Fractions of integers are understood in a box, after `####` and as the
+    whole text. None when there is no number or it has over 4,000 digits or 4 exponent digits. Linear in the length of
+    the text.
     """
     boxed = last_boxed(text)
     if boxed is not None:
@@ -129,9 +131,16 @@ def last_number(text: str) -> Decimal | Fraction | None:
         if has_numbers:
             return value
     _, marker, after = text.rpartition("####")
-    if marker and (value := _pick(after, fractions=True, first=True)) is not None:
-        return value
-    return _pick(text, fractions=_FRACTION_ONLY.fullmatch(text.strip()) is not None)
+    if marker and (first := _found(after, fractions=True, first=True)) is not None:
+        return None if _ANOTHER.match(first.string, first.end()) else _value(first)
+    chosen = _found(text, fractions=_FRACTION_ONLY.fullmatch(text.strip()) is not None)
+    return None if chosen is None else _value(chosen)
+
+
+def marked_answer(text: str) -> str | None:
+    r"""What a text without a `\boxed{}` ends in after `####`, as GSM8K's solutions do; None where it ends otherwise."""
+    _, marker, after = text.rstrip().rpartition("####")
+    return after.strip() or None if marker and "\n" not in after and last_boxed(text) is None else None
 
 
 def other_scale(ground_truth: str, text: str) -> bool:

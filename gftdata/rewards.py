@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from gftdata.answers import chosen_letter, is_no_claim, last_number, other_scale
+from gftdata.answers import chosen_letter, is_no_claim, last_number, marked_answer, other_scale
 from gftdata.errors import UserError
 from gftdata.evaluated import answer_is_harmless, entry_is_harmless
 from gftdata.types import Prompt, Verdict
@@ -100,7 +100,8 @@ def _parse_gold(ground_truth: str) -> tuple[Any, ...] | None:
 def math(prompt: Prompt, text: str) -> Verdict:
     r"""1 when math-verify finds the answer equal to the ground truth: LaTeX (`\boxed{}` first) or a plain expression.
 
-    An answer that cannot be parsed or compared is wrong. No time limit of its own: run it in `judging.judge_pool`.
+    A text that ends in `#### <answer>` and has no box is judged by that alone, where it can be read. An answer that
+    cannot be parsed or compared is wrong. No time limit of its own: run it in `judging.judge_pool`.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -115,7 +116,10 @@ def math(prompt: Prompt, text: str) -> Verdict:
     if other_scale(prompt.ground_truth, words) or is_no_claim(prompt.ground_truth, words):
         return WRONG
     try:
-        answer = parse(words, config, parsing_timeout=None, raise_on_error=True)
+        # of a whole solution, what follows the word `answer` would come first: "He answered 7 questions ... #### 35"
+        marked = marked_answer(words)
+        answer = parse(marked, config, parsing_timeout=None, raise_on_error=True) if marked else []
+        answer = answer or parse(words, config, parsing_timeout=None, raise_on_error=True)
         return RIGHT if verify(list(gold), answer, timeout_seconds=None, raise_on_error=True) else WRONG
     except MemoryError:
         raise

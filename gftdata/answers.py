@@ -143,6 +143,14 @@ def marked_answer(text: str) -> str | None:
     return after.strip() or None if marker and "\n" not in after and last_boxed(text) is None else None
 
 
+_GROUPED = re.compile(r"(?<!\\)\{\s*+(\d{1,3}(?:,\d{3})++)\s*+\}")
+
+
+def without_grouping(text: str) -> str:
+    r"""The text with `{5,525}` as `{5525}`: math-verify does not read `\frac{12}{5,525}`, as MATH has it."""
+    return _GROUPED.sub(lambda match: "{" + match[1].replace(",", "") + "}", text)
+
+
 def other_scale(ground_truth: str, text: str) -> bool:
     """Whether the text's last box counts in thousands, say, and the ground truth does not."""
     boxed = last_boxed(text)

@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from gftdata.answers import chosen_letter, is_no_claim, last_number, marked_answer, other_scale
+from gftdata.answers import chosen_letter, is_no_claim, last_number, marked_answer, other_scale, without_grouping
 from gftdata.errors import UserError
 from gftdata.evaluated import answer_is_harmless, entry_is_harmless
 from gftdata.types import Prompt, Verdict
@@ -80,7 +80,7 @@ def _parse_gold(ground_truth: str) -> tuple[Any, ...] | None:
     """The ground truth as math-verify reads it; None when it cannot be read or does not equal itself."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    gold = ground_truth.rpartition("####")[2].strip()
+    gold = without_grouping(ground_truth.rpartition("####")[2].strip())
     if not _DELIMITED.search(gold):
         if not gold or _PROSE.search(gold):
             return None
@@ -115,6 +115,7 @@ def math(prompt: Prompt, text: str) -> Verdict:
     words = _own_words(prompt, text)
     if other_scale(prompt.ground_truth, words) or is_no_claim(prompt.ground_truth, words):
         return WRONG
+    words = without_grouping(words)
     try:
         # of a whole solution, what follows the word `answer` would come first: "He answered 7 questions ... #### 35"
         marked = marked_answer(words)

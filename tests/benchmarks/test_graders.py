@@ -1,0 +1,113 @@
+"""benchmarks/graders.py on answers of our own making, one of each kind that real ones were disagreed about, and, where
+they are, on the public ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(__file__).parent / "data"
+SOLUTION = "He paid 6.\nA: 7"
+FORMS: dict[str, dict[str, Any]] = {  # as their publishers write them
+    "gpt3": {
+        "question": "How many?",
+        "ground_truth": "3 + 4 = 7\nA: 7",
+        "6b_finetuning": {"is_correct": True, "solution": SOLUTION},
+        "175b_finetuning": {"is_correct": False, "solution": "A: 6"},
+    },
+    "abel": {"id": 0, "prompt": "How many?", "response": "So 7. #### 7.", "pred": "7.", "gold": "7", "result": False},
+    "mathcoder": {
+        "messages": [{"role": "user", "content": [{"type": "text", "content": "How many?"}]}],
+        "ground_truth": {"answer": "\\frac{2}{3}"},
+        "debug_result": [
+            {"role": "user", "content": "How many?"},
+            {"role": "text", "content": "It is \\boxed{0.667}."},
+            {"role": "text", "content": "0.667"},
+        ],
+    },
+}
+
+
+def run(*arguments: str | Path) -> list[str]:
+    command = [sys.executable, "benchmarks/graders.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def table(lines: list[str]) -> dict[tuple[str, str], list[int]]:
+    """(file, grader) -> answers, both right, both wrong, only the grader, only the label, unjudged."""
+    rows = [line.split() for line in lines[1 : lines.index("")]]
+    return {(file, grader): [int(n.replace(",", "")) for n in numbers[:6]] for file, grader, *numbers in rows}
+
+
+def disagreements(lines: list[str]) -> list[str]:
+    return [line for line in lines if "; math " in line]
+
+
+def test_where_our_rewards_do_not_say_what_a_reader_would() -> None:
+    """All of it: what else is in tests/benchmarks/data is judged as labelled there, with the reason beside it."""
+    lines = run(DATA / "numbers.jsonl", DATA / "formulas.jsonl")
+    assert table(lines) == {
+        ("numbers", "math"): [14, 8, 5, 0, 1, 0],
+        ("numbers", "numeric"): [14, 9, 4, 1, 0, 0],
+        ("formulas", "math"): [12, 9, 3, 0, 0, 0],
+    }
+    assert disagreements(lines) == [
+        "numbers line 10: label wrong; math wrong, numeric right",  # `#### 7`, and then it asks whether it was 8
+        "numbers line 12: label right; math wrong, numeric right",  # 20.0\% for 20: math-verify's
+    ]
+    assert lines[-1].startswith("python benchmarks/graders.py ")
+
+
+def test_the_forms_in_which_answers_are_published(tmp_path: Path) -> None:
+    for name, row in FORMS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    lines = run(*(tmp_path / f"{name}.jsonl" for name in FORMS))
+    assert table(lines) == {
+        ("gpt3", "math"): [2, 1, 1, 0, 0, 0],
+        ("gpt3", "numeric"): [2, 1, 1, 0, 0, 0],
+        ("abel", "math"): [1, 0, 0, 1, 0, 0],
+        ("abel", "numeric"): [1, 0, 0, 1, 0, 0],
+        ("mathcoder", "math"): [1, 0, 0, 0, 1, 0],
+    }
+    said = "\n".join(lines)
+    assert "abel line 1: label wrong; math right, numeric right\n  ground truth '7', the answer ends in 'So 7." in said
+    assert "mathcoder line 1: label right; math wrong\n  ground truth '\\\\frac{2}{3}', the answer ends in" in said
+
+
+@pytest.mark.parametrize("content", ['{"answer": 1}\n', ""])
+def test_a_file_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "other.jsonl").write_text(content)
+    command = [sys.executable, "benchmarks/graders.py", str(tmp_path / "other.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1 and "other.jsonl: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_public_file_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k-gpt3.jsonl").write_text("{}\n")
+    command = [sys.executable, "benchmarks/graders.py", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1 and "gsm8k-gpt3.jsonl: sha256" in done.stderr
+
+
+def test_the_public_answers() -> None:
+    """14,369 verdicts of others. Ours differ where a label is wrong, and from MathCoder's tolerance for decimals."""
+    folder = Path(os.environ.get("GFT_GRADERS", ROOT / "runs" / "graders"))
+    if not (folder / "gsm8k-gpt3.jsonl").is_file():
+        pytest.skip(f"no public answers in {folder}: `python benchmarks/graders.py` downloads them; or set GFT_GRADERS")
+    lines = run("--folder", folder)
+    found = table(lines)
+    for grader in ("math", "numeric"):
+        assert found["gsm8k-gpt3", grader] == [5276, 2001, 3275, 0, 0, 0]
+    assert found["math-mathcoder-7b-correct", "math"] == [1179, 1085, 0, 0, 88, 6]
+    assert [line for line in disagreements(lines) if not line.startswith("math-mathcoder")] == [
+        "gsm8k-abel-13b line 881: label wrong; math right, numeric right",  # `#### 10.` for 10
+        "gsm8k-robust-abel-13b line 491: label wrong; math right, numeric right",  # `####5` for 5
+        "gsm8k-robust-abel-70b line 1313: label wrong; math right, numeric right",  # `#### 528.` for 528
+    ]

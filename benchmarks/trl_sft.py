@@ -1,10 +1,11 @@
 """TRL's SFTTrainer with the DFT loss on response groups: the other side of `train_vs_trl.py`, which starts it.
 
-    .venv-trl/bin/python benchmarks/trl_sft.py '{"model": ..., "data": ..., "steps": 3, "settings": {...}}'
+    .venv-trl/bin/python benchmarks/trl_sft.py '{"model": ..., "data": ..., "steps": 3, "settings": {...}, "mark": ...}'
 
 Runs in TRL's own environment and imports nothing of ours. Reads the groups from our shards and flattens them: one row a
 response, token ids and a completion mask. A step is the whole data set, so `steps` are epochs. `settings` go to
-SFTConfig as they are; `attn_implementation` goes to the model. The last line printed is JSON.
+SFTConfig as they are; `attn_implementation` goes to the model. The file `mark` is written when the first step is done.
+The last line printed is JSON.
 """
 
 import json
@@ -28,7 +29,8 @@ from trl import SFTConfig, SFTTrainer
 class Clock(TrainerCallback):
     """When training began and when each optimizer step ended, and the processor time then; reading the data counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
         self.times: list[float] = []
         self.processor: list[float] = []
 
@@ -37,6 +39,8 @@ class Clock(TrainerCallback):
         self.processor.append(time.process_time())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if not self.mark.exists():
+            self.mark.write_text("1\n")
         self.times.append(time.perf_counter())
         self.processor.append(time.process_time())
 
@@ -61,7 +65,7 @@ def main() -> None:
     settings = dict(options["settings"])
     attention = settings.pop("attn_implementation", "sdpa")
     rows = flattened(Path(options["data"]))
-    clock = Clock()
+    clock = Clock(Path(options["mark"]))
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
             **{

@@ -103,3 +103,16 @@ def test_graders_of_lm_evaluation_harness(trl_python: str) -> None:
         "formulas math": (12, 9, 3, 0, 0, 0),
         "formulas hendrycks_math": (12, 3, 3, 0, 6, 0),
     }
+
+
+def test_training_against_trl_does_the_same_work_and_prints_both(trl_python: str) -> None:
+    """benchmarks/train_vs_trl.py, which ends where a loss or gradient norm of any step differs by 1e-3."""
+    command = [sys.executable, "benchmarks/train_vs_trl.py", "--smoke", "--responses", "2", "4", "--trl", trl_python]
+    command += ["--candidates", "batch 1", "--zero"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("prompt/response x group size"))
+    rows = lines[head + 1 : head + 5]
+    sides = ("TRL, batch 1", "gft train")
+    assert [row[:30].rstrip() for row in rows] == [f"16/8 x {size}  {side}" for size in (2, 4) for side in sides]

@@ -292,9 +292,12 @@ def median(values: Sequence[float], spec: str) -> str:
     return spread(values).text(spec) if len(values) > 1 else f"{values[0]:{spec}}"
 
 
+def memory_and_start(runs: Sequence[Run]) -> list[str]:
+    return [median([one.peak for one in runs], ".2f"), median([one.first_step for one in runs], ".1f")]
+
+
 def side(shape: Shape, runs: Sequence[Run]) -> list[str]:
-    memory, first = [one.peak for one in runs], [one.first_step for one in runs]
-    return [median(rates(shape, runs), ".1f"), median(memory, ".2f"), median(first, ".1f")]
+    return [median(rates(shape, runs), ".1f"), *memory_and_start(runs)]
 
 
 def print_rows(rows: Sequence[Row], gemm: dict[str, float]) -> None:
@@ -315,13 +318,14 @@ def print_rows(rows: Sequence[Row], gemm: dict[str, float]) -> None:
         for zero, runs in row.without.items():
             found = [row.zero_groups * sum(row.shape.lengths) / one.seconds[0] for one in runs]
             base = base or statistics.median(found)
-            shares.append([name, f"{zero} %", median(found, ".1f"), f"{statistics.median(found) / base:.2f}"])
+            factor = f"{statistics.median(found) / base:.2f}"
+            shares.append([name, f"{zero} %", median(found, ".1f"), *memory_and_start(runs), factor])
     print()
     head = ("prompt/response x group size", "tok/s", "GiB", "first step, s", "speed", "memory", "of GEMM rate")
     print_table(head, lines)
     if shares:
         print("\nGFT, groups without signal")
-        print_table(("prompt/response x group size", "without", "tok/s", "factor"), shares)
+        print_table(("prompt/response x group size", "without", "tok/s", "GiB", "first step, s", "speed"), shares)
 
 
 def parse() -> argparse.Namespace:

@@ -237,6 +237,8 @@ def parse() -> argparse.Namespace:
     if options.smoke:
         options.model, options.shape, options.responses = "samples/demo/model", "24/8", 4
         options.micro_batch_tokens, options.repeats = 128, 1
+    if not 0 <= options.zero * options.groups // 100 < options.groups:
+        parser.error(f"--zero {options.zero}: some of the {options.groups} groups need a signal")
     options.model = str((ROOT / options.model).absolute())
     if not (Path(options.model) / "config.json").is_file():
         parser.error(f"no model in {options.model}: run samples/smollm2/prepare.py, or name one with --model")
@@ -261,11 +263,9 @@ def main() -> None:
         for name in alternating(list(runs), options.repeats):
             rung = BY_NAME.get(name)
             runs[name].append(run_product(options, data) if rung is None else run_rung(options, data, rung))
+            lowest, first = next((name, done[0]) for name, done in runs.items())  # the first repeat begins with it
+            check_same(name, runs[name][-1], lowest, first)
             print(f"{name}: {shape.tokens / statistics.median(runs[name][-1].seconds):,.1f} tok/s", file=sys.stderr)
-    lowest, first = next((name, done[0]) for name, done in runs.items())
-    for name, done in runs.items():
-        for one in done:
-            check_same(name, one, lowest, first)
     print(
         f"{Path(options.model).name}, {options.groups} groups of {options.responses} responses, prompt/response "
         f"{options.shape}, {options.zero} % of the groups without signal: {shape.tokens:,} response tokens a step\n"

@@ -140,7 +140,9 @@ def last_number(text: str) -> Decimal | Fraction | None:
 def marked_answer(text: str) -> str | None:
     r"""What a text without a `\boxed{}` ends in after `####`, as GSM8K's solutions do; None where it ends otherwise."""
     _, marker, after = text.rstrip().rpartition("####")
-    return after.strip() or None if marker and "\n" not in after and last_boxed(text) is None else None
+    if not marker or "\n" in after or last_boxed(text) is not None:
+        return None
+    return after.strip() or None
 
 
 _GROUPED = re.compile(r"(?<!\\)\{\s*+(\d{1,3}(?:,\d{3})++)\s*+\}")

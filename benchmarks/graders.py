@@ -226,7 +226,7 @@ def main() -> None:
         rows += [table_row(path.stem, grader, answers, verdicts) for grader in verdicts[0] if grader in asked]
         judged.append((path.stem, answers, verdicts, asked))
     header = ("file", "grader", "answers", "both right", "both wrong", "only it", "only label", "unjudged", "agree")
-    print_table(header, rows)
+    print_table(header, rows, left=2)
     if not sum([print_disagreements(*one) for one in judged]):
         print("\nNo answer about which our rewards and the labels disagree.")
     print_end("gft-toolkit", "math-verify")

@@ -19,9 +19,10 @@ Rungs, each with what those before it have:
 What is a setting of `gft train` is switched by it, the rest here: the product has no switch for being slow. Every rung
 is a process of its own, in turn first and last; its first micro-batch is computed once before the clock runs. All train
 on the same groups (copied_groups.py), GFT in float32, and do the same update: losses and gradient norms of all steps
-must agree to 1e-4. `tok/s` is response tokens of a step, those without signal too, over its seconds: data, forward,
-backward, update; median and quartiles over all steps. The peak is what the kernel counted for the process. `data wait`
-is the share of a step in which the model waited for a batch.
+must agree to 1e-4, losses of the mean size of a token's (advantages cancel in the sum). `tok/s` is response tokens of a
+step, those without signal too, over its seconds: data, forward, backward, update; median and quartiles over all steps.
+The peak is what the kernel counted for the process. `data wait` is the share of a step in which the model waited for a
+batch.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def settings(options: argparse.Namespace, data: str, out: str, rung: Rung) -> di
 
 
 def climb(options: argparse.Namespace, data: str, rung: Rung) -> dict[str, Any]:
-    """Train in this process as a rung does; seconds, waits, losses and gradient norms of each step."""
+    """Train in this process as a rung does; seconds, waits, losses, their sizes and gradient norms of each step."""
     import torch
 
     from gftdata.config import validate_config
@@ -117,13 +118,13 @@ def climb(options: argparse.Namespace, data: str, rung: Rung) -> dict[str, Any]:
         for pack in lay_out(index, selection, step, config.batch, cost)[0]:
             yield collate(reader.examples(pack), config.batch.layout)
 
-    def backward(batch: Batch, num_loss_tokens: int) -> float:
+    def backward(batch: Batch, num_loss_tokens: int) -> tuple[float, float]:
         def losses(logprobs_C: torch.Tensor, chunk: slice) -> torch.Tensor:
             ref_C = batch.ref_logprobs_N[chunk]
             return token_losses(config.objective, logprobs_C, batch.advantages_N[chunk], ref_C, ref_C)
 
         if rung.fused:
-            total = policy(batch, losses)[0]
+            total, losses_N = policy(batch, losses)[:2]
         else:
             arguments: dict[str, Any] = {"attention_mask": batch.attention_mask_BL}
             if batch.segments is not None:  # as Policy.forward says which attention sees what
@@ -133,18 +134,19 @@ def climb(options: argparse.Namespace, data: str, rung: Rung) -> dict[str, Any]:
                 input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False, **arguments
             ).logits
             logp_PV = torch.log_softmax(logits_BLV.flatten(0, 1), -1)  # P: positions of all rows
-            total = losses(logp_PV[batch.predicts_N, batch.target_ids_N], slice(None)).sum()
+            losses_N = losses(logp_PV[batch.predicts_N, batch.target_ids_N], slice(None))
+            total = losses_N.sum()
         loss = total / num_loss_tokens
         loss.backward()
-        return float(loss.detach())
+        return loss.item(), losses_N.detach().abs().sum().item() / num_loss_tokens
 
     backward(next(made(steps[0])), steps[0].num_loss_tokens)
     optimizer.zero_grad(set_to_none=True)
     batches = (list(made(step)) for step in steps) if rung.ahead else (made(step) for step in steps)
-    found: dict[str, Any] = {"seconds": [], "waited": [], "loss": [], "grad_norm": []}
+    found: dict[str, Any] = {"seconds": [], "waited": [], "loss": [], "size": [], "grad_norm": []}
     with read_ahead(batches) if rung.ahead else nullcontext(batches) as works:
         for step in steps:
-            began, loss = time.perf_counter(), 0.0
+            began, sums = time.perf_counter(), (0.0, 0.0)
             work = iter(next(works))
             waited = time.perf_counter() - began
             while True:
@@ -153,12 +155,13 @@ def climb(options: argparse.Namespace, data: str, rung: Rung) -> dict[str, Any]:
                 waited += time.perf_counter() - asked
                 if batch is None:
                     break
-                loss += backward(batch, step.num_loss_tokens)
+                loss, size = backward(batch, step.num_loss_tokens)
+                sums = sums[0] + loss, sums[1] + size
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
-            for key, value in zip(found, (seconds, waited, loss, norm), strict=True):
+            for key, value in zip(found, (seconds, waited, *sums, norm), strict=True):
                 found[key].append(value)
     return found
 
@@ -170,6 +173,7 @@ class Run:
     seconds: list[float]
     waited: list[float]  # seconds
     losses: list[float]
+    sizes: list[float]  # of the losses of tokens, their mean
     grad_norms: list[float]
     peak: float  # GiB
 
@@ -179,7 +183,7 @@ def run_rung(options: argparse.Namespace, data: str, rung: Rung) -> Run:
     given += ["--micro-batch-tokens", options.micro_batch_tokens, "--climb", data, rung.name]
     ran = run_process([sys.executable, __file__, *map(str, given)])
     found = last_json(ran)
-    return Run(found["seconds"], found["waited"], found["loss"], found["grad_norm"], ran.peak_gib)
+    return Run(*found.values(), ran.peak_gib)
 
 
 def run_product(options: argparse.Namespace, data: str) -> Run:
@@ -191,17 +195,17 @@ def run_product(options: argparse.Namespace, data: str) -> Run:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     waited = [line["data_wait_fraction"] * line["seconds"] for line in lines]
     seconds, losses, norms = ([line[key] for line in lines] for key in ("seconds", "loss", "grad_norm"))
-    return Run(seconds, waited, losses, norms, ran.peak_gib)
+    return Run(seconds, waited, losses, [abs(loss) for loss in losses], norms, ran.peak_gib)
 
 
 def check_same(name: str, run: Run, lowest: str, first: Run) -> None:
     """Ends the program where a rung does not do what the lowest does."""
-    for what, found, expected in (
-        ("loss", run.losses, first.losses),
-        ("gradient norm", run.grad_norms, first.grad_norms),
+    for what, found, expected, sizes in (
+        ("loss", run.losses, first.losses, first.sizes),
+        ("gradient norm", run.grad_norms, first.grad_norms, first.grad_norms),
     ):
-        for number, (a, b) in enumerate(zip(found, expected, strict=True), 1):
-            if not abs(a - b) <= TOLERANCE * abs(b):
+        for number, (a, b, size) in enumerate(zip(found, expected, sizes, strict=True), 1):
+            if not abs(a - b) <= TOLERANCE * size:
                 sys.exit(f"not the same work: step {number}: {what} {a:.8g} of {name}, {b:.8g} of {lowest}")
 
 

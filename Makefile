@@ -5,7 +5,7 @@
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
 # make test-interchange  the tests that need TRL, verl or other graders, in an environment of their own (some GB)
 # make test-browser  the report in a real Chromium (apt-get installs it; needs root or sudo)
-# make bench  all benchmarks, peers in environments of their own (an hour); make bench ONLY="formats startup": some
+# make bench  all benchmarks, peers in environments of their own (1.5 hours); make bench ONLY="formats startup": some
 # Each creates .venv when it is missing. PYTHON=python3.12 make ... uses another interpreter.
 
 PYTHON ?= python3

@@ -1,7 +1,7 @@
 """All benchmarks whose numbers the README states, one after the other: what `make bench` runs.
 
     python benchmarks/run.py --list                     # what there is
-    python benchmarks/run.py                            # all of it; an hour or so on 2 cores
+    python benchmarks/run.py                            # all of it; an hour and a half or so on 2 cores
     python benchmarks/run.py --only formats startup
 
 Nothing is measured here: each entry is a command of its own, shown as it runs. What they printed goes into one file in
@@ -68,6 +68,13 @@ ENTRIES = (
     Entry("formats", "benchmarks/formats.py", "shards, JSON Lines, a row a response: bytes and reading"),
     Entry("startup", "benchmarks/startup.py", "start-up of commands, and of trl"),
     Entry("train_vs_trl", "benchmarks/train_vs_trl.py --groups 1", "gft train and TRL", (TRL, SMOLLM2)),
+    Entry(
+        "train_vs_trl_grid",
+        "benchmarks/train_vs_trl.py --grid",
+        "the same over prompts, group sizes, groups without signal",
+        (TRL, SMOLLM2),
+    ),
+    Entry("ladder", "benchmarks/ladder.py", "each part of the trainer by itself", (SMOLLM2,)),
     Entry("growth", "benchmarks/growth.py", "time a response token as groups, prompts, vocabulary and shards grow"),
     Entry("stream", "benchmarks/stream.py", "from shards to tensors: tokens a second, memory"),
     Entry("plan_scale", "benchmarks/plan_scale.py", "index, plan and layout for 10^4 to 10^6 groups"),

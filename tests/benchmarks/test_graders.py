@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).parent / "data"
+REWARDS = ("math", "numeric")
 SOLUTION = "He paid 6.\nA: 7"
 FORMS: dict[str, dict[str, Any]] = {  # as their publishers write them
     "gpt3": {
@@ -33,16 +35,9 @@ FORMS: dict[str, dict[str, Any]] = {  # as their publishers write them
 }
 
 
-def run(*arguments: str | Path) -> list[str]:
-    command = [sys.executable, "benchmarks/graders.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
-
-
 def table(lines: list[str]) -> dict[tuple[str, str], list[int]]:
     """(file, grader) -> answers, both right, both wrong, only the grader, only the label, unjudged."""
-    rows = [line.split() for line in lines[1 : lines.index("")]]
+    rows = [line.split() for line in lines[1:] if line.split()[1] in REWARDS]
     return {(file, grader): [int(n.replace(",", "")) for n in numbers[:6]] for file, grader, *numbers in rows}
 
 
@@ -50,9 +45,9 @@ def disagreements(lines: list[str]) -> list[str]:
     return [line for line in lines if "; math " in line]
 
 
-def test_where_our_rewards_do_not_say_what_a_reader_would() -> None:
+def test_where_our_rewards_do_not_say_what_a_reader_would(benchmark: Callable[..., list[str]]) -> None:
     """All of it: what else is in tests/benchmarks/data is judged as labelled there, with the reason beside it."""
-    lines = run(DATA / "numbers.jsonl", DATA / "formulas.jsonl")
+    lines = benchmark("graders.py", str(DATA / "numbers.jsonl"), str(DATA / "formulas.jsonl"))
     assert table(lines) == {
         ("numbers", "math"): [14, 8, 5, 0, 1, 0],
         ("numbers", "numeric"): [14, 9, 4, 1, 0, 0],
@@ -62,13 +57,12 @@ def test_where_our_rewards_do_not_say_what_a_reader_would() -> None:
         "numbers line 10: label wrong; math wrong, numeric right",  # `#### 7`, and then it asks whether it was 8
         "numbers line 12: label right; math wrong, numeric right",  # 20.0\% for 20: math-verify's
     ]
-    assert lines[-1].startswith("python benchmarks/graders.py ")
 
 
-def test_the_forms_in_which_answers_are_published(tmp_path: Path) -> None:
+def test_the_forms_in_which_answers_are_published(benchmark: Callable[..., list[str]], tmp_path: Path) -> None:
     for name, row in FORMS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    lines = run(*(tmp_path / f"{name}.jsonl" for name in FORMS))
+    lines = benchmark("graders.py", *(str(tmp_path / f"{name}.jsonl") for name in FORMS))
     assert table(lines) == {
         ("gpt3", "math"): [2, 1, 1, 0, 0, 0],
         ("gpt3", "numeric"): [2, 1, 1, 0, 0, 0],
@@ -96,12 +90,12 @@ def test_a_public_file_that_is_not_what_it_was_is_refused(tmp_path: Path) -> Non
     assert done.returncode == 1 and "gsm8k-gpt3.jsonl: sha256" in done.stderr
 
 
-def test_the_public_answers() -> None:
+def test_the_public_answers(benchmark: Callable[..., list[str]]) -> None:
     """14,369 verdicts of others. Ours differ where a label is wrong, and from MathCoder's tolerance for decimals."""
     folder = os.environ.get("GFT_GRADERS")
     if folder is None:
         pytest.skip("GFT_GRADERS names no folder: `python benchmarks/graders.py` downloads them, into runs/graders")
-    lines = run("--folder", folder)
+    lines = benchmark("graders.py", "--folder", folder)
     found = table(lines)
     for grader in ("math", "numeric"):
         assert found["gsm8k-gpt3", grader] == [5276, 2001, 3275, 0, 0, 0]

@@ -56,21 +56,28 @@ def tabulate(config: CompareConfig) -> list[Row]:
         folders.setdefault(run.method, []).append(run.folder)
     (base,) = folders[BASE]
     names = [benchmark.name for benchmark in config.eval.benchmarks]
-    rows = []
-    for method, places in folders.items():
-        results = [read_results(place) for place in places]
-        there = [name for name in names if all(name in of_seed for of_seed in results)]
-        cells = tuple(
-            _cell(name, [of_seed[name] for of_seed in results], places, None if method == BASE else base, config)
-            for name in there
-        )
-        rows.append(Row(method, tuple(map(str, places)), cells))
-    return rows
+    return [
+        make_row(method, places, None if method == BASE else base, names, config.untrained)
+        for method, places in folders.items()
+    ]
 
 
-def _cell(
-    name: str, results: Sequence[Result], places: Sequence[Path], base: Path | None, config: CompareConfig
-) -> Cell:
+def make_row(
+    method: str, places: Sequence[Path], base: Path | None, names: Sequence[str], untrained: Sequence[str]
+) -> Row:
+    """The row of one method, from the folders of its runs, a seed each; `base` has the untrained model's results.
+
+    A benchmark of `names` that one of the runs lacks is left out. Raises UserError for results that cannot be read.
+    """
+    results = [read_results(place) for place in places]
+    there = [name for name in names if all(name in of_seed for of_seed in results)]
+    cells = tuple(
+        _cell(name, [of_seed[name] for of_seed in results], places, base, forgets=name in untrained) for name in there
+    )
+    return Row(method, tuple(map(str, places)), cells)
+
+
+def _cell(name: str, results: Sequence[Result], places: Sequence[Path], base: Path | None, *, forgets: bool) -> Cell:
     change, p = None, None
     if base is not None:
         found = [paired.compare(place, base, name).pass_at_1 for place in places]
@@ -87,7 +94,7 @@ def _cell(
         kl=_mean([result.kl for result in results]),
         change=change,
         p=p,
-        forgets=name in config.untrained,
+        forgets=forgets,
     )
 
 

@@ -382,6 +382,7 @@ def _evaluate(
                 "eval/mean_reward": measured.mean_reward.value,
                 "eval/mean_tokens": measured.mean_tokens,
                 "eval/truncated": measured.truncated,
+                "eval/entropy": measured.entropy,
             }
     policy.train()
     return found

@@ -92,10 +92,10 @@ def comparison(console: Console, config: "CompareConfig", rows: "Sequence[Row]")
     trained = [b.name for b in config.eval.benchmarks if b.name not in config.untrained]
     for name in trained:
         console.print(f"\n{name}", style="bold", highlight=False, markup=False)
-        console.print(_benchmark(rows, name))
+        console.print(benchmark_table(rows, name))
     if config.untrained:
         console.print("\nnot trained: what falls is forgotten", style="bold", highlight=False)
-        console.print(_untrained(rows, config.untrained))
+        console.print(untrained_table(rows, config.untrained))
     console.print()
     for row in rows:
         lacking = [b.name for b in config.eval.benchmarks if b.name not in {cell.benchmark for cell in row.cells}]
@@ -109,7 +109,8 @@ def comparison(console: Console, config: "CompareConfig", rows: "Sequence[Row]")
         console.print(f"Highest pass@1 on {name}: {best[0]}.", soft_wrap=True, highlight=False, markup=False)
 
 
-def _benchmark(rows: "Sequence[Row]", name: str) -> object:
+def benchmark_table(rows: "Sequence[Row]", name: str) -> object:
+    """The methods on one benchmark."""
     cells = {row.method: cell for row in rows for cell in row.cells if cell.benchmark == name}
     most = max(k for cell in cells.values() for k in cell.pass_at)  # the others are in the report
     ks = [most] if most > 1 else []
@@ -130,7 +131,8 @@ def _benchmark(rows: "Sequence[Row]", name: str) -> object:
     return shown
 
 
-def _untrained(rows: "Sequence[Row]", names: Sequence[str]) -> object:
+def untrained_table(rows: "Sequence[Row]", names: Sequence[str]) -> object:
+    """The methods on what was not trained."""
     shown = show.table("method", *(heading for name in names for heading in (name, "change", "95 %", "p")))
     for row in rows:
         cells = {cell.benchmark: cell for cell in row.cells}

@@ -43,6 +43,7 @@ class Scale:
     untrained: tuple[str, ...]  # benchmarks of skills that are not trained
     watch_prompts: int  # of the first benchmark, for evaluations during training
     watch_every: int  # steps
+    has_bases: bool  # weaker models to start from, in OUT/bases
 
 
 SCALES = {
@@ -53,6 +54,7 @@ SCALES = {
         ("subtraction", "reversal"),
         watch_prompts=128,
         watch_every=8,
+        has_bases=True,
     ),
     "smollm2": Scale(
         HERE / "smollm2-generate.yaml",
@@ -61,6 +63,7 @@ SCALES = {
         (),
         watch_prompts=128,
         watch_every=8,
+        has_bases=False,
     ),
 }
 
@@ -283,11 +286,13 @@ def main() -> None:
     out = options.out or Path("runs/study" if options.scale == "toy" else f"runs/study-{options.scale}")
     study = Study(SCALES[options.scale], out, options.limit)
     questions = [q for q in QUESTIONS if options.only is None or q.name in options.only]
-    if not study.has_teacher:
-        for question in questions:
-            if question.teacher:
-                print(f"left out: {question.name}, for {study.scale.generate.name} names no teacher")
-        questions = [q for q in questions if not q.teacher]
+    for question in tuple(questions):
+        if question.teacher and not study.has_teacher:
+            print(f"left out: {question.name}, for {study.scale.generate.name} names no teacher")
+            questions.remove(question)
+        elif any(c.base for c in question.conditions) and not study.scale.has_bases:
+            print(f"left out: {question.name}, for there are no weaker models at this scale")
+            questions.remove(question)
     seeds = range(options.seeds)
     if not options.tables:
         run_study(study, questions, seeds, options.jobs)

@@ -67,7 +67,7 @@ def read_history(path: Path) -> History:
     """
     columns: dict[str, tuple[array[int], array[float]]] = {}
     weights: tuple[array[int], list[list[int]], list[list[int]]] = (array("q"), [], [])
-    last = 0
+    last = -1  # step 0 is the evaluation before training
     for number, line, is_last in _lines(path):
         try:
             report = _report(line, last)
@@ -89,7 +89,7 @@ def read_history(path: Path) -> History:
         for key, (steps, values) in columns.items()
         if key not in NOT_CURVES and steps
     }
-    return History(last, series, _weights(path, *weights))
+    return History(max(0, last), series, _weights(path, *weights))
 
 
 def _add(columns: "dict[str, tuple[array[int], array[float]]]", step: int, report: dict[str, Any]) -> None:

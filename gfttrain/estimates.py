@@ -39,6 +39,11 @@ def mean_rewards(rewards_PN: Values) -> Values:
     return np.where(judged_P > 0, np.nansum(rewards_PN, axis=1) / np.maximum(judged_P, 1), np.nan)
 
 
+def standard_error(found: Estimate) -> float | None:
+    """Of an estimate, from its 95 % interval; None where it has none."""
+    return None if found.low is None or found.high is None else (found.high - found.low) / (2 * 1.96)
+
+
 def estimate(values_P: Values) -> Estimate | None:
     """The mean over the prompts that have a value, with its bootstrap interval; None where none has one.
 

@@ -28,6 +28,7 @@ from gfttrain import checkpoint, metrics
 from gfttrain.benchmarks import read_questions
 from gfttrain.config import TrainConfig, TrainEvalConfig
 from gfttrain.distributed import World, agree, any_over, gather_json, join, leave, stop_on_signals, sum_over, together
+from gfttrain.estimates import standard_error
 from gfttrain.evaluate import measure_engine
 from gfttrain.loggers import open_loggers
 from gfttrain.model import (
@@ -128,7 +129,7 @@ def _train(
         if world.rank == 0:
             _alone(out, prepared, held)
             write_run_file(config, out)
-            metrics.cut_back(out / METRICS, prepared.first_step)
+            metrics.cut_back(out / METRICS, prepared.first_step or -1)  # begun anew: step 0 is reported again too
     on_event(Event("start", prepared.first_step, len(steps), {}, tuple(start_notices)))
 
     def save(step: int) -> None:
@@ -142,6 +143,12 @@ def _train(
         settings = config.model_dump(mode="json")
         log = stack.enter_context(open_loggers(loggers, out, settings, first_step=prepared.first_step))
         works = stack.enter_context(read_ahead(_works(config, prepared, world, reader)))
+        if config.evaluation is not None and prepared.first_step == 0:
+            found = _evaluate(config, config.evaluation, policy, prepared.tokenizer, world)
+            if world.rank == 0:
+                at_start: metrics.Metrics = {"step": 0, "epoch": 0, **found}
+                metrics.append_line(out / METRICS, at_start)
+                log(at_start)
         for number in range(prepared.first_step, len(steps)):
             began = time.perf_counter()
             step = steps[number]
@@ -361,7 +368,7 @@ def _responses(index: Index, step: Step) -> Any:
 def _evaluate(
     config: TrainConfig, settings: TrainEvalConfig, policy: Policy, tokenizer: Tokenizer, world: World
 ) -> metrics.Metrics:
-    """pass@1 of the model as it is. Several ranks: rank 0 evaluates a copy of its own while the others wait."""
+    """pass@1 of the model as it is, and what its samples are like. Several ranks: rank 0 evaluates a copy of its own while the others wait."""
     state = trained_state(policy) if world.size > 1 else {}
     found: metrics.Metrics = {}
     with together(world):
@@ -379,11 +386,13 @@ def _evaluate(
                 measured = measure_engine(settings, questions, engine, config.seed)
             found = {
                 "eval/pass@1": measured.pass_at[1].value,
+                "eval/pass@1_se": standard_error(measured.pass_at[1]),
                 "eval/mean_reward": measured.mean_reward.value,
                 "eval/mean_tokens": measured.mean_tokens,
                 "eval/truncated": measured.truncated,
-                "eval/entropy": measured.entropy,
             }
+            if measured.entropy is not None:
+                found["eval/entropy"] = measured.entropy
     policy.train()
     return found
 

@@ -150,6 +150,7 @@ class TrainEvalConfig(DrawConfig):
     num_samples: PositiveInt = 4
     max_tokens: PositiveInt = 1024
     engine: HfConfig = HfConfig()
+    stop_when_worse: bool = True  # save and end the run where pass@1 stays below what it was before training
 
 
 class CheckpointConfig(BaseModel):

@@ -24,9 +24,10 @@ from gftdata.manifest import Manifest
 from gftdata.store import hold
 from gftdata.tokens import Tokenizer
 from gftdata.types import SELF
-from gfttrain import checkpoint, metrics
+from gfttrain import checkpoint, metrics, watch
 from gfttrain.benchmarks import read_questions
 from gfttrain.config import TrainConfig, TrainEvalConfig
+from gfttrain.curves import read_history
 from gfttrain.distributed import World, agree, any_over, gather_json, join, leave, stop_on_signals, sum_over, together
 from gfttrain.estimates import standard_error
 from gfttrain.evaluate import measure_engine
@@ -59,7 +60,11 @@ class Stopped(Exception):
 
 
 class Diverged(UserError):
-    """A loss or gradient is no number: nothing was updated, and the state before that step is saved."""
+    """The run would not end well, and is saved.
+
+    A loss or gradient is no number: nothing was updated, and the state before that step is there. Or evaluations say
+    that the model gets worse (watch.py): the state after that step is.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +226,8 @@ def _train(
                 "data_wait_fraction": waited / seconds,
                 **metrics.data_metrics(index, prepared.selection, step),
             }
-            if config.evaluation is not None and (number + 1) % config.evaluation.every_steps == 0:
+            evaluated = config.evaluation is not None and (number + 1) % config.evaluation.every_steps == 0
+            if config.evaluation is not None and evaluated:
                 report |= _evaluate(config, config.evaluation, policy, prepared.tokenizer, world)
             if world.rank == 0:
                 metrics.append_line(out / METRICS, report)
@@ -233,6 +239,11 @@ def _train(
                 save(number + 1)
             if stopping and number + 1 < len(steps):
                 raise Stopped(f"stopped after step {number + 1} of {len(steps)} and saved; the same command continues")
+            if evaluated and number + 1 < len(steps):
+                worse = _is_worse(config, out, number + 1, len(steps)) if world.rank == 0 else None
+                if any_over(world, worse is not None):
+                    save(number + 1)
+                    agree(world, worse)
 
     state = trained_state(policy)
     with together(world):
@@ -368,7 +379,10 @@ def _responses(index: Index, step: Step) -> Any:
 def _evaluate(
     config: TrainConfig, settings: TrainEvalConfig, policy: Policy, tokenizer: Tokenizer, world: World
 ) -> metrics.Metrics:
-    """pass@1 of the model as it is, and what its samples are like. Several ranks: rank 0 evaluates a copy of its own while the others wait."""
+    """pass@1 of the model as it is, and what its samples are like.
+
+    Several ranks: rank 0 evaluates a copy of its own while the others wait.
+    """
     state = trained_state(policy) if world.size > 1 else {}
     found: metrics.Metrics = {}
     with together(world):
@@ -395,6 +409,20 @@ def _evaluate(
                 found["eval/entropy"] = measured.entropy
     policy.train()
     return found
+
+
+def _is_worse(config: TrainConfig, out: Path, step: int, num_steps: int) -> Diverged | None:
+    """Says why the run should not go on, where its evaluations say so. On rank 0."""
+    if config.evaluation is None or not config.evaluation.stop_when_worse:
+        return None
+    why = watch.divergence(watch.evaluations(read_history(out / METRICS).series))
+    if not why:
+        return None
+    return Diverged(
+        f"stopped after step {step} of {num_steps}, and saved: {why}. Lower optim.lr, set objective.advantage_floor, "
+        "or use groups with more right answers (filter.min_pass, a teacher); to go on all the same: the same command "
+        "with --set evaluation.stop_when_worse=false"
+    )
 
 
 def _not_finite(

@@ -137,6 +137,7 @@ class Study:
                 "num_samples": 4,
                 "max_tokens": block.max_tokens,
                 "sampling": {"temperature": 1.0},
+                "stop_when_worse": False,  # stopping.py asks which runs it would have ended
             }
         return load_config(TrainConfig, self.scale.train, values=values)
 

@@ -69,7 +69,6 @@ FROZEN = [
 ]
 ROUNDS = [
     Condition("8 epochs", train={"epochs": 8}),
-    Condition("12 epochs", train={"epochs": 12}),
     Condition("round 2", start="GFT"),
     Condition("round 3", start="round 2"),
     Condition("round 2, lr / 3", start="GFT", train={"optim.lr": 3.3e-5}),
@@ -82,7 +81,6 @@ FROM_WEAK = [
     for base in WEAK
     for condition in (
         Condition(f"GFT, {base or 'demo'}", base=base, watched=True),
-        Condition(f"positives, {base or 'demo'}", objective=POSITIVES, base=base, watched=True),
         Condition(f"RFT, {base or 'demo'}", objective=METHODS["RFT"].model_dump(), base=base, watched=True),
     )
 ]

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from gftdata.errors import UserError
 from gftdata.shards import write_atomic
 from gfttrain import paired
 from gfttrain.compare_config import BASE, CompareConfig, runs
-from gfttrain.results import Estimate, Result, read_results
+from gfttrain.results import EVALS, EVALS_FOLDER, Estimate, Result, read_results
+from gfttrain.samples import SAMPLES
 
 COMPARISON = "comparison.json"
 
@@ -69,12 +71,23 @@ def make_row(
 
     A benchmark of `names` that one of the runs lacks is left out. Raises UserError for results that cannot be read.
     """
-    results = [read_results(place) for place in places]
+    results = [_results(place) for place in places]
     there = [name for name in names if all(name in of_seed for of_seed in results)]
     cells = tuple(
         _cell(name, [of_seed[name] for of_seed in results], places, base, forgets=name in untrained) for name in there
     )
     return Row(method, tuple(map(str, places)), cells)
+
+
+def _results(run: Path) -> dict[str, Result]:
+    """Of a run that was evaluated: a file system may hide the file for a moment, and a table without it would lie."""
+    found = read_results(run)
+    if not found and any((run / EVALS_FOLDER).glob(f"*/{SAMPLES}")):
+        raise UserError(
+            f"{run / EVALS}: is not there, and evaluations are: is something taking its files away, or the file system "
+            "failing? The same command tries again; gft eval counts anew what was drawn"
+        )
+    return found
 
 
 def _cell(name: str, results: Sequence[Result], places: Sequence[Path], base: Path | None, *, forgets: bool) -> Cell:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic_core import from_json
 
 from gftdata.errors import UserError
+from gftdata.store import read_file
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -112,7 +113,7 @@ def _add(columns: "dict[str, tuple[array[int], array[float]]]", step: int, repor
 
 def _lines(path: Path) -> Any:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         return
     lines = content.splitlines(keepends=True)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from gftdata.errors import UserError
 from gftdata.shards import check_writable, toolkit_version, write_atomic
+from gftdata.store import read_file
 from gftdata.types import Response
 from gfttrain.charts import fit_curves, weights_data
 from gfttrain.config import FilterConfig, ObjectiveConfig
@@ -136,7 +137,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / RUN).read_bytes())["config"]
+        config = json.loads(read_file(folder / RUN))["config"]
         if not isinstance(config, dict):
             raise TypeError
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gftdata.errors import UserError
-from gftdata.store import named
+from gftdata.store import named, read_file
 
 EVALS, EVALS_FOLDER = "evals.jsonl", "evals"
 
@@ -74,7 +74,7 @@ def read_results(run: Path) -> dict[str, Result]:
     Raises UserError for a line that is no result; a torn last line is passed over.
     """
     try:
-        lines = (run / EVALS).read_bytes().split(b"\n")
+        lines = read_file(run / EVALS).split(b"\n")
     except FileNotFoundError:
         return {}
     found: dict[str, Result] = {}

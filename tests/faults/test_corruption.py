@@ -152,7 +152,7 @@ def damaged(
     shutil.copytree(whole, copy)
     number = 0
     while number < cases:
-        files = sorted(copy.glob(pattern))
+        files = sorted(path for path in copy.glob(pattern) if path.stat().st_size)  # a lock is empty
         path, kind = rng.choice(files), rng.choice(kinds)
         # of two data sets, mostly the files of one name are taken for each other
         others = [p for p in elsewhere if p.name == path.name] if rng.random() < 0.5 else []

@@ -1,11 +1,15 @@
 """Means over seeds and their intervals, against closed forms."""
 
+import errno
 import math
+from pathlib import Path
 
 import pytest
 
-from gfttrain.comparison import over_seeds, t_test
-from gfttrain.results import Estimate
+from gftdata.errors import UserError
+from gfttrain.comparison import make_row, over_seeds, t_test
+from gfttrain.curves import read_history
+from gfttrain.results import Estimate, read_results
 
 
 def estimates(*values: float) -> list[Estimate]:
@@ -36,3 +40,25 @@ def test_the_t_test_is_two_sided() -> None:
     assert t_test([-0.1, -0.2, -0.3]) == pytest.approx(expected, rel=1e-9)
     assert t_test([0.0, 0.0]) == 1.0
     assert t_test([0.1, 0.1]) is None, "no spread, which is no certainty"
+
+
+def test_results_that_are_hidden_are_no_missing_row(tmp_path: Path) -> None:
+    """A file that vanishes for a moment: the table would say that the run diverged."""
+    (tmp_path / "run" / "evals" / "sums").mkdir(parents=True)
+    assert make_row("GFT", [tmp_path / "run"], None, ["sums"], []).cells == ()
+    (tmp_path / "run" / "evals" / "sums" / "samples.parquet").touch()
+    with pytest.raises(UserError, match=r"run/evals\.jsonl: is not there, and evaluations are"):
+        make_row("GFT", [tmp_path / "run"], None, ["sums"], [])
+
+
+@pytest.mark.parametrize("read", [read_results, lambda folder: read_history(folder / "metrics.jsonl")])
+def test_a_file_that_cannot_be_read_is_named(read: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system's error, of a file that was opened, names none."""
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError) as raised:
+        read(tmp_path)  # type: ignore[operator]
+    assert str(tmp_path) in str(raised.value.filename)

@@ -46,12 +46,22 @@ class Question:
 
 PAPER_GROUPS = Groups(expert=1, teacher=3, own=4)
 SHOWN_METHODS = ("SFT", "RFT", "DFT", "DFT + anchor", "PSFT", "GRPO (offline)", "GFT w/o GAL", "GFT w/o DCR", "GFT")
-TEACHER_METHODS = ("SFT", "SFT (mix)", *SHOWN_METHODS[1:-1], "GFT (no mix)", "GFT")
-TAUS = (0.1, 0.3, 0.5, 1.01)  # beside 0 (GFT w/o DCR) and 0.7 (GFT); above 1 every token is weighed by pi
+TEACHER_METHODS = (
+    "SFT",
+    "SFT (mix)",
+    "RFT",
+    "DFT",
+    "GRPO (offline)",
+    "GFT w/o GAL",
+    "GFT w/o DCR",
+    "GFT (no mix)",
+    "GFT",
+)
+TAUS = (0.1, 0.5, 1.01)  # beside 0 (GFT w/o DCR) and 0.7 (GFT); above 1 every token is weighed by pi
 MIXES = (Groups(1, 7, 0), Groups(1, 5, 2), Groups(1, 3, 4), Groups(1, 1, 6), Groups(0, 0, 8))
-REDRAWN = (1, 4, 16, 32)  # of 64 steps
+REDRAWN = (1, 16, 32)  # of 64 steps
 POSITIVES = {"advantage_floor": -1e-9}  # negative advantages count for nothing
-WEAK = ("weak-1", "weak-2", "weak-3", "weak-4", "weak-5", "")
+WEAK = ("weak-1", "weak-2", "weak-3", "weak-4", "")
 
 GFT = Condition("GFT")
 PLAIN = {name: Condition(name, objective=METHODS[name].model_dump()) for name in SHOWN_METHODS} | {"GFT": GFT}
@@ -93,17 +103,18 @@ QUESTIONS = (
         "Group Advantage Learning x Dynamic Coefficient Rectification",
         (PLAIN["SFT"], PLAIN["GFT w/o GAL"], PLAIN["GFT w/o DCR"], GFT),
     ),
-    Question("tau", "Where to rectify: tau", (PLAIN["GFT w/o DCR"], *TAU[:3], GFT, TAU[3])),
+    Question("tau", "Where to rectify: tau", (PLAIN["GFT w/o DCR"], *TAU[:2], GFT, TAU[2])),
     Question("composition", "Demonstrations : self samples, of K = 8", tuple(MIXED), teacher=True),
     Question(
         "frozen",
         "What freezing the self samples loses: 64 steps, samples drawn anew every so many of them",
-        (GFT, FROZEN[3], FROZEN[2], FROZEN[1], FROZEN[0], FROZEN[5], FROZEN[9]),
+        (GFT, FROZEN[2], FROZEN[1], FROZEN[0], FROZEN[4], FROZEN[8]),
     ),
     Question("rounds", "Further rounds of 64 steps, and what mends them", (GFT, *ROUNDS)),
     Question("weak", "From which base on: weaker models", tuple(FROM_WEAK)),
 )
 EVERY = {c.name: c for c in (*PLAIN.values(), *TEACHER.values(), *TAU, *MIXED, *FROZEN, *ROUNDS, *FROM_WEAK)}
+SHOWN = {c.name for question in QUESTIONS for c in question.conditions}  # the others are steps on the way to one
 
 
 def needed(questions: Iterable[Question]) -> list[Condition]:

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent
 sys.path.insert(0, str(HERE))
 
-from questions import EVERY, QUESTIONS, Condition, Question, needed  # noqa: E402
+from questions import EVERY, QUESTIONS, SHOWN, Condition, Question, needed  # noqa: E402
 
 from gftdata.config import GenerateConfig, load_config, load_settings, read_settings  # noqa: E402
 from gftdata.errors import UserError  # noqa: E402
@@ -192,7 +192,8 @@ class Task:
                 study.generation(condition, seed).reward.name,
                 own.own.sampling.with_limit(own.max_tokens),
             )
-        evaluate(study.evaluation(str(Path(config.out) / "final"), Path(config.out)))
+        if condition.name in SHOWN:
+            evaluate(study.evaluation(str(Path(config.out) / "final"), Path(config.out)))
         return config.out
 
 

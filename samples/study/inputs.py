@@ -2,8 +2,8 @@
 
     python samples/study/inputs.py --out runs/study
 
-Weak bases are the demo's model trained for fewer steps (samples/demo/make_base.py, the same mixture); five of them take
-about five minutes on two cores. The teacher answers in the three styles that the base knows best, with the slips of its
+Weak bases are the demo's model trained for fewer steps (samples/demo/make_base.py, the same mixture); four of them take
+about three minutes on two cores. The teacher answers in the three styles that the base knows best, with the slips of its
 pre-training text: about nine of ten answers are right. Nothing that is there is made again.
 """
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-BASES = {"weak-1": (150, 40), "weak-2": (250, 60), "weak-3": (400, 100), "weak-4": (700, 180), "weak-5": (1200, 300)}
+BASES = {"weak-1": (150, 40), "weak-2": (250, 60), "weak-3": (400, 100), "weak-4": (700, 180)}
 STYLES = ("steps", "running", "backwards")
 TEACHER_ANSWERS = 7  # of each prompt
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-BASES = {"weak-1": (150, 40), "weak-2": (250, 60), "weak-3": (400, 100), "weak-4": (700, 180)}
+BASES = {"weak-1": (250, 60), "weak-2": (400, 100), "weak-3": (700, 180), "weak-4": (1200, 300)}
 STYLES = ("steps", "running", "backwards")
 TEACHER_ANSWERS = 7  # of each prompt
 

@@ -268,7 +268,7 @@ def write_tables(study: Study, questions: Iterable[Question], seeds: Sequence[in
 
 
 def _folder(name: str) -> str:
-    return folder_name(name.replace(",", "").replace("/", "by").replace(":", "-to-"))
+    return folder_name(name.replace(",", "").replace(" / ", " by ").replace(":", "-to-"))
 
 
 def parse() -> argparse.Namespace:

@@ -3,8 +3,8 @@
     python samples/study/inputs.py --out runs/study
 
 Weak bases are the demo's model trained for fewer steps (samples/demo/make_base.py, the same mixture); four of them take
-about three minutes on two cores. The teacher answers in the three styles that the base knows best, with the slips of its
-pre-training text: about nine of ten answers are right. Nothing that is there is made again.
+about six minutes on two cores. The teacher answers in the three styles that the base knows best, with the slips of its
+pre-training text: nine of ten answers are right. A base that is there is not made again.
 """
 
 import argparse

@@ -32,11 +32,14 @@ from gfttrain.runs import FINAL
 from gfttrain.stream import Example, collate
 
 
-def train_on_policy(config: TrainConfig, every: int, reward: str, sampling: Sampling) -> Path:
+def train_on_policy(
+    config: TrainConfig, every: int, reward: str, sampling: Sampling, *, adam_anew: bool = False
+) -> Path:
     """Train as `gft train` would, but draw the self samples of the coming `every` steps anew each `every` steps.
 
-    For GFT's group advantages over all sources, one data set in a folder, one device, a constant learning rate. Returns
-    the folder of the final model; one that is there is left alone.
+    With `adam_anew` the optimizer begins anew each time, as in a round of `gft generate` and `gft train`. For GFT's
+    group advantages over all sources, one data set in a folder, one device, a constant learning rate. Returns where the
+    final model is; one that is there is left alone.
     """
     prepared = prepare(config)
     out = Path(config.out)
@@ -56,6 +59,8 @@ def train_on_policy(config: TrainConfig, every: int, reward: str, sampling: Samp
             drawn = draw_again([groups[g] for g in coming], engine, sampling, reward, seed=1000 * config.seed + number)
             policy.train()
             groups |= dict(zip(coming.tolist(), drawn, strict=True))
+            if adam_anew:
+                optimizer = make_optimizer(config, parameters)
         update(policy, optimizer, config, [groups[g] for g in step.groups.tolist()], step)
     export(trained_state(policy), config, prepared.tokenizer, out / FINAL)
     return out / FINAL

@@ -30,7 +30,8 @@ class Condition:
     train: dict[str, Any] = field(default_factory=dict)  # settings that differ from the study's, by dotted name
     base: str = ""  # a weaker model to start from; empty: the study's
     start: str = ""  # the condition whose trained model this one starts from, and draws its samples from
-    redraw_every: int | None = None  # draw the self samples anew every so many steps, with the optimizer kept
+    redraw_every: int | None = None  # draw the self samples anew every so many steps, with the optimizer kept ...
+    adam_anew: bool = False  # ... or begun anew each time
     watched: bool = False  # evaluated during training
 
 
@@ -70,6 +71,8 @@ TEACHER = {name: Condition(f"{name}, teacher", PAPER_GROUPS, METHODS[name].model
 MIXED = [Condition(f"{mix.expert + mix.teacher}:{mix.own}", mix) for mix in MIXES]
 FROZEN = [
     *(Condition(f"drawn every {every}", redraw_every=every) for every in REDRAWN),
+    Condition("drawn every 32, Adam anew", redraw_every=32, adam_anew=True),
+    Condition("drawn every 16, Adam anew", redraw_every=16, adam_anew=True),
     Condition("2 rounds, first", train={"epochs": 2}),
     Condition("2 rounds", train={"epochs": 2}, start="2 rounds, first"),
     Condition("4 rounds, first", train={"epochs": 1}),
@@ -108,7 +111,7 @@ QUESTIONS = (
     Question(
         "frozen",
         "What freezing the self samples loses: 64 steps, samples drawn anew every so many of them",
-        (GFT, FROZEN[2], FROZEN[1], FROZEN[0], FROZEN[4], FROZEN[8]),
+        (GFT, FROZEN[2], FROZEN[1], FROZEN[0], FROZEN[3], FROZEN[4], FROZEN[6], FROZEN[10]),
     ),
     Question("rounds", "Further rounds of 64 steps, and what mends them", (GFT, *ROUNDS)),
     Question("weak", "From which base on: weaker models", tuple(FROM_WEAK)),

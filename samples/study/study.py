@@ -191,6 +191,7 @@ class Task:
                 condition.redraw_every,
                 study.generation(condition, seed).reward.name,
                 own.own.sampling.with_limit(own.max_tokens),
+                adam_anew=condition.adam_anew,
             )
         if condition.name in SHOWN:
             evaluate(study.evaluation(str(Path(config.out) / "final"), Path(config.out)))

@@ -81,6 +81,7 @@ FROZEN = [
     Condition("4 rounds", train={"epochs": 1}, start="4 rounds, third"),
 ]
 ROUNDS = [
+    Condition("positives", objective=POSITIVES),
     Condition("8 epochs", train={"epochs": 8}),
     Condition("round 2", start="GFT"),
     Condition("round 3", start="round 2"),

@@ -1,7 +1,7 @@
 """The paper's questions, and one that it does not ask, at a scale that a laptop runs. Write-up: benchmarks/STUDY.md.
 
     python samples/study/inputs.py                        # weaker bases and a teacher's answers, for the toy scale
-    python samples/study/study.py --jobs 2                # everything: about an hour on two cores
+    python samples/study/study.py --jobs 2                # everything: an hour or two on two cores
     python samples/study/study.py --only methods tau      # some questions
     python samples/study/study.py --tables                # what is there already
     python samples/study/study.py --scale smollm2         # SmolLM2-135M on GSM8K, where there is a GPU

@@ -135,6 +135,10 @@ def _train(
             _alone(out, prepared, held)
             write_run_file(config, out)
             metrics.cut_back(out / METRICS, prepared.first_step or -1)  # begun anew: step 0 is reported again too
+            if 0 < prepared.first_step < len(steps):  # what ended it is said again, and not trained past
+                ended = _is_worse(config, out, prepared.first_step, len(steps))
+                if ended is not None:
+                    raise ended
     on_event(Event("start", prepared.first_step, len(steps), {}, tuple(start_notices)))
 
     def save(step: int) -> None:
@@ -240,7 +244,10 @@ def _train(
             if stopping and number + 1 < len(steps):
                 raise Stopped(f"stopped after step {number + 1} of {len(steps)} and saved; the same command continues")
             if evaluated and number + 1 < len(steps):
-                worse = _is_worse(config, out, number + 1, len(steps)) if world.rank == 0 else None
+                worse: Diverged | None = None
+                with together(world):
+                    if world.rank == 0:
+                        worse = _is_worse(config, out, number + 1, len(steps))
                 if any_over(world, worse is not None):
                     save(number + 1)
                     agree(world, worse)

@@ -1,8 +1,6 @@
-"""benchmarks/graders.py on answers of our own making, one of each kind that real ones were disagreed about, and, where
-they are, on the public ones."""
+"""benchmarks/graders.py on answers of our own making, one of each kind that real ones were disagreed about."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,20 +86,3 @@ def test_a_public_file_that_is_not_what_it_was_is_refused(tmp_path: Path) -> Non
     command = [sys.executable, "benchmarks/graders.py", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 1 and "gsm8k-gpt3.jsonl: sha256" in done.stderr
-
-
-def test_the_public_answers(benchmark: Callable[..., list[str]]) -> None:
-    """14,369 verdicts of others. Ours differ where a label is wrong, and from MathCoder's tolerance for decimals."""
-    folder = os.environ.get("GFT_GRADERS")
-    if folder is None:
-        pytest.skip("GFT_GRADERS names no folder: `python benchmarks/graders.py` downloads them, into runs/graders")
-    lines = benchmark("graders.py", "--folder", folder)
-    found = table(lines)
-    for grader in ("math", "numeric"):
-        assert found["gsm8k-gpt3", grader] == [5276, 2001, 3275, 0, 0, 0]
-    assert found["math-mathcoder-7b-correct", "math"] == [1179, 1085, 0, 0, 88, 6]
-    assert [line for line in disagreements(lines) if not line.startswith("math-mathcoder")] == [
-        "gsm8k-abel-13b line 881: label wrong; math right, numeric right",  # `#### 10.` for 10
-        "gsm8k-robust-abel-13b line 491: label wrong; math right, numeric right",  # `####5` for 5
-        "gsm8k-robust-abel-70b line 1313: label wrong; math right, numeric right",  # `#### 528.` for 528
-    ]

@@ -98,6 +98,10 @@ def test_a_run_that_gets_worse_is_saved_and_told(data: Path, tmp_path: Path) -> 
     assert told[0].keys() == {"step", "epoch"} | {k for k in told[1] if k.startswith("eval/")}
     assert told[0]["eval/pass@1"] > 0.3 > told[-1]["eval/pass@1"] and told[0]["eval/entropy"] > 0
     assert not (out / FINAL).exists() and (out / f"checkpoints/step-{watch.PATIENCE:08d}").is_dir()
+    # the same command says it again, and trains no step more
+    with pytest.raises(Diverged, match="stop_when_worse=false"):
+        train(train_settings(data, out, evaluation=block, **ruinous))
+    assert lines(out) == told
     # off: the same run goes on to its end, and has what one has that nothing watched
     train(train_settings(data, out, evaluation={**block, "stop_when_worse": False}, **ruinous))
     unwatched = tmp_path / "unwatched"

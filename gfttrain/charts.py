@@ -58,7 +58,7 @@ CHARTS = (
         ("data/reward/*", "data/pass_rate/*", "data/groups_with_signal"),
     ),
     Chart("Tokens per second", "Response tokens that went through the model.", ("tokens_per_second",)),
-    Chart("Evaluation during training", "As configured in the run.", ("eval/*",)),
+    Chart("Evaluation during training", "As configured in the run.", ("eval/pass@1", "eval/*")),
 )
 OTHERS = Chart("Other metrics", "Everything else that the runs recorded.", ())
 FIRST_SOURCES = ("self", "expert")
@@ -69,7 +69,7 @@ def _present(histories: Sequence[History]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for history in histories for name in history.series)
     charts, taken = [], set()
     for chart in CHARTS:
-        metrics = [name for pattern in chart.metrics for name in _matching(names, pattern)]
+        metrics = list(dict.fromkeys(name for pattern in chart.metrics for name in _matching(names, pattern)))
         taken |= set(metrics)
         charts.append({"title": chart.title, "note": chart.note, "metrics": metrics, "other": False})
     others = sorted(name for name in names if name not in taken)

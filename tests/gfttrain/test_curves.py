@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gftdata.errors import UserError
-from gfttrain.charts import CHARTS
-from gfttrain.curves import Series, Weights, downsample, read_history, sum_weights
+from gfttrain.charts import CHARTS, fit_curves
+from gfttrain.curves import History, Series, Weights, downsample, read_history, sum_weights
 from gfttrain.metrics import STALE_RATIOS, append_line
 
 
@@ -139,3 +139,11 @@ def test_a_file_that_is_not_there_holds_nothing(tmp_path: Path):
 def test_the_page_names_the_range_that_counts_as_fresh():
     low, high = STALE_RATIOS
     assert any(f"{low:g} to {high:g}" in chart.note for chart in CHARTS)
+
+
+def test_of_evaluations_pass_at_1_is_shown_first():
+    names = ("eval/entropy", "eval/mean_tokens", "eval/pass@1", "eval/pass@1_se", "loss")
+    history = History(1, {name: series_of(np.ones(1)) for name in names}, None)
+    charts = {chart["title"]: chart["metrics"] for chart in fit_curves([history], 10**6)["charts"]}
+    shown = charts["Evaluation during training"]
+    assert shown == ["eval/pass@1", "eval/entropy", "eval/mean_tokens", "eval/pass@1_se"]

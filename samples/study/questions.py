@@ -67,7 +67,10 @@ WEAK = ("weak-1", "weak-2", "weak-3", "weak-4", "")
 GFT = Condition("GFT")
 PLAIN = {name: Condition(name, objective=METHODS[name].model_dump()) for name in SHOWN_METHODS} | {"GFT": GFT}
 TAU = [Condition(f"GFT tau {tau:g}", objective={"tau": tau}) for tau in TAUS]
+FLOORS = {"floor -1": {"advantage_floor": -1.0}, "positives": POSITIVES}
 TEACHER = {name: Condition(f"{name}, teacher", PAPER_GROUPS, METHODS[name].model_dump()) for name in TEACHER_METHODS}
+# is it what is pushed down that holds GFT back there?
+TEACHER |= {name: Condition(f"{name}, teacher", PAPER_GROUPS, floor) for name, floor in FLOORS.items()}
 MIXED = [Condition(f"{mix.expert + mix.teacher}:{mix.own}", mix) for mix in MIXES]
 FROZEN = [
     *(Condition(f"drawn every {every}", redraw_every=every) for every in REDRAWN),
@@ -83,11 +86,11 @@ FROZEN = [
 ROUNDS = [
     Condition("positives", objective=POSITIVES),
     Condition("8 epochs", train={"epochs": 8}),
+    Condition("positives, 8 epochs", objective=POSITIVES, train={"epochs": 8}),
     Condition("round 2", start="GFT"),
     Condition("round 3", start="round 2"),
     Condition("round 2, lr / 3", start="GFT", train={"optim.lr": 3.3e-5}),
-    Condition("round 2, floor -1", start="GFT", objective={"advantage_floor": -1.0}),
-    Condition("round 2, positives", start="GFT", objective=POSITIVES),
+    *(Condition(f"round 2, {name}", start="GFT", objective=floor) for name, floor in FLOORS.items()),
     Condition("round 2, filtered", start="GFT", train={"filter.min_pass": 0.1, "filter.max_pass": 0.8}),
 ]
 FROM_WEAK = [

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = ("OMP_", "GOMP_", "KMP_", "MKL_")  # variables that say what threads do: they cost or save a tenth and more
 
 T = TypeVar("T")
 
@@ -115,4 +116,6 @@ def print_end(*packages: str) -> None:
     """What it was measured with, and the command that prints it again."""
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    print(f"\n{os.cpu_count()} cores; {', '.join(versions)}\n{shlex.join(['python', str(script), *sys.argv[1:]])}")
+    command = ["python", str(script), *sys.argv[1:]]
+    threads = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(os.environ) if name.startswith(THREADS)]
+    print(f"\n{os.cpu_count()} cores; {', '.join(versions)}\n{' '.join([*threads, shlex.join(command)])}")

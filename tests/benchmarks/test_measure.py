@@ -1,5 +1,6 @@
 """benchmarks/measure.py: what all benchmarks count with."""
 
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -47,3 +48,19 @@ def test_columns_are_as_wide_as_their_widest_cell(
 ) -> None:
     module("measure").print_table(("name", "n"), [("a", "1,000"), ("longer", "2")])
     assert capsys.readouterr().out == "name        n\na       1,000\nlonger      2\n"
+
+
+def test_the_command_has_what_says_what_threads_do(
+    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = module("measure")
+    for name in [name for name in os.environ if name.startswith(measure.THREADS)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", [str(measure.ROOT / "benchmarks" / "growth.py"), "--repeats", "5"])
+    measure.print_end("numpy")
+    assert capsys.readouterr().out.splitlines()[-1] == "python benchmarks/growth.py --repeats 5"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    measure.print_end("numpy")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/growth.py --repeats 5"

@@ -1,5 +1,6 @@
 # make demo   see Group Fine-Tuning happen         make test   the tests
 # make check  format, lint, types                  make clean  remove .venv and everything made
+# make test-samples  every sample and every benchmark, run small (four minutes)
 # make test-faults  what breaks on purpose: a sample; make faults-full: all of it (an hour or less)
 # make test-sglang  the tests that need SGLang, in an environment of its own (.venv-sglang: 11 GB, minutes to install)
 # make test-cluster  the tests on a real Slurm: three nodes on this machine (apt-get installs it; needs root or sudo)
@@ -12,16 +13,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: demo bench test test-faults faults-full test-sglang test-cluster test-interchange test-browser check clean
+.PHONY: demo bench test test-samples test-faults faults-full test-sglang test-cluster test-interchange test-browser check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/gft demo
 
-test: .venv/smollm2
+test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 	  --ignore tests/sglang --ignore tests/interchange --ignore tests/cluster --ignore tests/faults \
-	  --ignore tests/browser
+	  --ignore tests/browser --ignore tests/samples --ignore tests/benchmarks
+
+test-samples: .venv/smollm2
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/samples tests/benchmarks
 
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/faults

@@ -60,7 +60,7 @@ def divergence(found: Sequence[Evaluation]) -> str:
     if not found or found[0].step != 0 or len(found) <= PATIENCE:
         return ""
     start, last = found[0], found[-PATIENCE:]
-    if not all(is_worse(start, now) for now in last):
+    if not all(is_worse(start, later) for later in last):
         return ""
     parts = [f"pass@1 {_path([e.pass_at_1 for e in (start, *last)], '.3f')}"]
     if start.entropy is not None and all(e.entropy is not None for e in last):

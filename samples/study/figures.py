@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from playwright.sync_api import Browser, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Playwright, sync_playwright  # noqa: E402
 from questions import EVERY  # noqa: E402
 from study import SCALES, Study  # noqa: E402
 
@@ -57,6 +57,14 @@ SHOW_ONLY = """titles => {
 }"""
 
 
+def launch(playwright: Playwright) -> Browser:
+    """The Chromium that is installed here; ends the program where none is."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        sys.exit("no Chromium: sh tests/browser/install.sh")
+    return playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.getuid() == 0 else [])
+
+
 def photograph(browser: Browser, runs: list[Path], charts: Sequence[str], html: Path, photo: Path) -> None:
     """Write a report of these runs, and a picture of some of its charts with the legend that they share."""
     write_report(runs, html, Options(groups=0))
@@ -76,14 +84,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=Path, default=HERE.parents[1] / "benchmarks" / "figures")
     options = parser.parse_args()
-    chromium = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if chromium is None:
-        sys.exit("no Chromium: sh tests/browser/install.sh")
     study = Study(SCALES["toy"], options.out, None)
     options.figures.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        as_root = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=chromium, args=as_root)
+        browser = launch(playwright)
         for figure in FIGURES:
             runs = [study.run(EVERY[name], options.seed) for name in figure.conditions]
             html = options.out / f"report-{figure.name.removeprefix('study-')}.html"

@@ -1,8 +1,8 @@
 """A real Chromium without a network, and runs to show: two trained ones, and one of hostile names and model output."""
 
 import json
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,18 @@ import pytest
 from aid.report_runs import HOSTILE, odd_data, write_results, write_run
 from playwright.sync_api import Browser, Page, sync_playwright
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-DEMO = Path(__file__).parents[2] / "samples" / "demo"
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+sys.path.insert(0, str(SAMPLES / "study"))
+
+from figures import launch  # noqa: E402
+
+DEMO = SAMPLES / "demo"
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    assert found, "no Chromium: sh tests/browser/install.sh"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        browser = launch(playwright)
         yield browser
         browser.close()
 

@@ -1,15 +1,11 @@
 """samples/study/figures.py: a picture of the charts that are named, and of no others."""
 
 import struct
-import sys
 from pathlib import Path
 
+import figures
 import pytest
 from playwright.sync_api import Browser
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "samples" / "study"))
-
-import figures
 
 
 def size(photo: Path) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from gftdata.engines.hf import pick_device
 from gftdata.errors import UserError
 from gftdata.shards import check_writable, write_atomic
 from gftdata.store import hold
-from gfttrain import benchmarks, forecast, prepare, report
+from gfttrain import benchmarks, fit, forecast, prepare, report
 from gfttrain import evaluate as evaluation
 from gfttrain import train as training
 from gfttrain.compare_config import CompareConfig, Run, runs
@@ -73,7 +73,8 @@ def plan(config: CompareConfig, nproc: int = 1, *, estimate: bool = True) -> lis
         prepared = prepare.prepare(run.training)
         expected = None
         if estimate and not prepared.finished:
-            expected = forecast.forecast(run.training, prepared, device, nproc, rate)
+            fitted = fit.with_micro_batches(run.training, prepared, device, nproc)
+            expected = forecast.forecast(fitted, prepared, device, nproc, rate)
             rate = expected.gemm_flops_per_second
         found.append(
             PlannedRun(run, prepared, expected, benchmarks.plan(run.evaluation) if prepared.finished else None)

@@ -19,6 +19,7 @@ from gftdata.config import (
 NonNegative = Annotated[float, Field(ge=0.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LARGEST_MICRO_BATCH = 8192  # tokens
 SOURCES = ("expert", "teacher", "self")  # `teacher` is every teacher, `teacher:<name>` one
 
 
@@ -77,11 +78,17 @@ class BatchConfig(BaseModel):
     model_config = STRICT
 
     groups_per_step: PositiveInt = 64
-    micro_batch_tokens: PositiveInt = 8192  # tokens of one forward pass on one device, padding included
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"  # tokens of one forward pass on one device, padding
+    # included; auto: up to LARGEST_MICRO_BATCH, less where that saves memory (fit.py)
     layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"  # shared_prefix: a prompt is computed once
     # for all responses of its group; packed: with each of them; padded: a response a row, for models whose attention
     # cannot be told what may see what
     shuffle_row_groups: PositiveInt = 16  # groups are mixed within so many row groups
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a micro-batch, where nothing was found out of model and device yet: the largest."""
+        return LARGEST_MICRO_BATCH if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
 class FilterConfig(BaseModel):
@@ -187,7 +194,8 @@ class TrainSettings(BaseModel):
     # the stored reference log-probs, on average, does not start
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 on a GPU
-    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more work
+    gradient_checkpointing: bool | Literal["selective"] = False  # recompute activations for less memory: all of a
+    # layer's (true: a third more work), or those between its matrix products (selective: little more work)
     compile: bool = False  # torch.compile the decoder layers
     reduce_once: bool = False  # several ranks: sum gradients once a step, not once a micro-batch; holds them whole
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl

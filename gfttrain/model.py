@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -31,6 +32,17 @@ from gfttrain.stream import Batch, Example, collate, singles
 # and more are 0.125 apart
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# what costs most to compute and is kept by selective checkpointing
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+]
 
 
 class Policy(nn.Module):
@@ -119,7 +131,8 @@ def load_for_training(config: TrainConfig, world: World) -> Policy:
     if config.gradient_checkpointing:
         # transformers 5 renames it on the way; the older name warns where both are there
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        context = {"context_fn": _keep_products} if config.gradient_checkpointing == "selective" else {}
+        enable({"use_reentrant": False, **context})
         if config.lora is not None:
             model.enable_input_require_grads()
     policy = Policy(model, adapter).train()
@@ -131,6 +144,11 @@ def load_for_training(config: TrainConfig, world: World) -> Policy:
     else:
         _shard(policy, config, world)
     return policy
+
+
+def _keep_products() -> Any:
+    """The contexts of selective checkpointing: the backward pass computes a layer again but for its products."""
+    return create_selective_checkpoint_contexts(PRODUCTS)
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

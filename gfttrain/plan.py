@@ -259,19 +259,19 @@ def schedule_hash(index: Index, selection: Selection, steps: Sequence[Step], sha
 def lay_out(
     index: Index, selection: Selection, step: Step, batch: BatchConfig, cost: Cost, num_ranks: int = 1
 ) -> tuple[tuple[Pack, ...], ...]:
-    """Cut a step into micro-batches of at most `micro_batch_tokens` and deal them to ranks: [rank][micro-batch].
+    """Cut a step into micro-batches of at most `batch.limit` tokens and deal them to ranks: [rank][micro-batch].
 
     Every rank gets the same number, filled up with empty ones, or FSDP would wait for ever. A response longer than the
     limit is a micro-batch of its own.
     """
     pieces = list(_pieces(index, selection, step, batch, cost))
     if batch.layout == "padded":
-        return _deal(_padded_packs(pieces, batch.micro_batch_tokens), num_ranks)
-    return _deal(_packs(pieces, batch.micro_batch_tokens, num_ranks), num_ranks)
+        return _deal(_padded_packs(pieces, batch.limit), num_ranks)
+    return _deal(_packs(pieces, batch.limit, num_ranks), num_ranks)
 
 
 def _pieces(index: Index, selection: Selection, step: Step, batch: BatchConfig, cost: Cost) -> Iterator[Piece]:
-    shared, limit = batch.layout == "shared_prefix", batch.micro_batch_tokens
+    shared, limit = batch.layout == "shared_prefix", batch.limit
     begins = index.offsets[step.groups]
     sizes = index.offsets[step.groups + 1] - begins
     number_R = np.repeat(np.arange(len(sizes)), sizes)  # of its group in the step

@@ -31,6 +31,7 @@ from gfttrain.curves import read_history
 from gfttrain.distributed import World, agree, any_over, gather_json, join, leave, stop_on_signals, sum_over, together
 from gfttrain.estimates import standard_error
 from gfttrain.evaluate import measure_engine
+from gfttrain.fit import memory_notice, with_limit, with_micro_batches
 from gfttrain.loggers import open_loggers
 from gfttrain.model import (
     Policy,
@@ -96,19 +97,30 @@ def train(config: TrainConfig, on_event: Listener = lambda event: None) -> Path:
         world = join(config.device)
         listener = on_event if world.rank == 0 else lambda event: None
         try:
-            with ExitStack() as held:
-                return _train(config, world, stop_requested, listener, held)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(config, error) from None
+            with together(world):
+                prepared = prepare(config)
+                fitted = with_micro_batches(config, prepared, world.device, world.size)
+            limits = gather_json(world, fitted.batch.limit)  # devices may differ, and the layout must not
+            fitted = with_limit(fitted, min(limits))
+            try:
+                with ExitStack() as held:
+                    return _train(fitted, prepared, world, stop_requested, listener, held)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise _out_of_memory(fitted, error) from None
         finally:
             leave(world)
 
 
 def _train(
-    config: TrainConfig, world: World, stop_requested: Callable[[], bool], on_event: Listener, held: ExitStack
+    config: TrainConfig,
+    prepared: Prepared,
+    world: World,
+    stop_requested: Callable[[], bool],
+    on_event: Listener,
+    held: ExitStack,
 ) -> Path:
-    with together(world):
-        prepared = prepare(config)
     out, steps, index, objective = Path(config.out), prepared.steps, prepared.index, config.objective
     if prepared.finished:
         return out / FINAL
@@ -124,6 +136,8 @@ def _train(
         if world.rank == 0:  # what is in no step is never touched, and yet has its part in what the steps are
             reader.check(prepared.unscheduled_shards)
     start_notices = list(prepared.notices)
+    if (tight := memory_notice(config, prepared, world.device, world.size)) is not None:
+        start_notices.append(tight)
     if prepared.first_step == 0:
         start_notices += _look_before(config, prepared, world, policy, reader)
     old_logprobs: dict[str, torch.Tensor] = {}
@@ -469,11 +483,19 @@ def _samples_reference(manifests: Sequence[Manifest]) -> bool:
     return True
 
 
-def _out_of_memory(config: TrainConfig, error: torch.OutOfMemoryError) -> UserError:
-    lower = config.batch.micro_batch_tokens // 2
-    more = "" if config.gradient_checkpointing else ", or set gradient_checkpointing=true"
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of a CPU (torch has no type for it), or of numpy."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(config: TrainConfig, error: BaseException) -> UserError:
+    lower = config.batch.limit // 2
+    more = "" if config.gradient_checkpointing is True else ", or set gradient_checkpointing=true"
+    said = str(error).rpartition("DefaultCPUAllocator: ")[2]
+    if not isinstance(error, MemoryError):  # numpy's is one sentence, with full stops in its numbers
+        said = said.split(". ")[0]
     return UserError(
-        f"out of memory with micro-batches of {config.batch.micro_batch_tokens} tokens: "
-        f"{str(error).split('. ')[0]}; set batch.micro_batch_tokens={lower}{more} (the update stays the same), or use "
-        "more GPUs (--nproc) or lora. The same command continues from the last checkpoint"
+        f"out of memory with micro-batches of {config.batch.limit} tokens: {said}; set batch.micro_batch_tokens={lower}"
+        f"{more} (the update stays the same), or use more GPUs (--nproc) or lora. The same command continues from the "
+        "last checkpoint"
     )

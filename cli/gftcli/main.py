@@ -473,12 +473,13 @@ def train(
     console = show.open_console() if is_first() else show.silent_console()
     if dry_run:
         from gftdata.engines.hf import pick_device
+        from gfttrain.fit import with_micro_batches
         from gfttrain.forecast import forecast
         from gfttrain.prepare import prepare
 
-        prepared = prepare(settings)
-        expected = forecast(settings, prepared, pick_device(settings.device), nproc)
-        show.training_plan(console, settings, prepared, expected)
+        prepared, device = prepare(settings), pick_device(settings.device)
+        settings = with_micro_batches(settings, prepared, device, nproc)
+        show.training_plan(console, settings, prepared, forecast(settings, prepared, device, nproc))
         return
     try:
         with progress.training(console, settings) as listener:

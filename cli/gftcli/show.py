@@ -392,16 +392,26 @@ def training_plan(console: Console, config: "TrainConfig", prepared: "Prepared",
             f"{layout.prefix_saving:.1%}; the largest micro-batch has {layout.largest_micro_batch:,}",
             "objective": config.objective.model_dump_json(exclude_defaults=True) + " (beside the defaults: GFT)",
             "model": f"{config.model} ({prepared.num_parameters / 1e6:,.1f}M parameters)",
-            "memory": f"about {(expected.weight_bytes + expected.activation_bytes) / 2**30:.1f} GiB a device: "
-            f"{expected.weight_bytes / 2**30:.1f} weights, gradients and optimizer, "
-            f"{expected.activation_bytes / 2**30:.1f} activations",
+            "memory": _memory(expected),
             "time": f"about {duration(expected.seconds)}: {expected.flops:.2e} FLOPs at half the "
             f"{expected.gemm_flops_per_second / 1e12:,.2f} TFLOP/s that matrix products reach on this device now",
             "output": f"{config.out} (nothing was written)",
         },
     )
-    for notice in prepared.notices:
+    for notice in (*prepared.notices, *([expected.memory_notice] if expected.memory_notice else [])):
         console.print(f"note: {notice}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _memory(expected: "Forecast") -> str:
+    def gib(count: int) -> str:
+        return f"{count / 2**30:.1f}"
+
+    parts = [f"{gib(expected.weight_bytes)} weights, gradients and optimizer"]
+    parts += [f"{gib(expected.activation_bytes)} activations"]
+    if expected.process_bytes:
+        parts.append(f"{gib(expected.process_bytes)} Python and libraries")
+    there = "" if expected.device_bytes is None else f" of its {gib(expected.device_bytes)}"
+    return f"about {gib(expected.needed_bytes)} GiB a device{there}: {', '.join(parts)}"
 
 
 def evaluation_plan(console: Console, found: "EvalPlan") -> None:

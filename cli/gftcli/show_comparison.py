@@ -32,7 +32,7 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
             "all" if one.prepared.finished else f"{one.prepared.first_step:,}",
             f"{sum(step.num_loss_tokens for step in steps):,}",
             "-" if expected is None else f"{expected.layout.computed_positions:,}",
-            "-" if expected is None else f"{(expected.weight_bytes + expected.activation_bytes) / 2**30:.1f} GiB",
+            "-" if expected is None else f"{expected.needed_bytes / 2**30:.1f} GiB",
             "-" if expected is None else show.duration(expected.seconds),
             Text(show.plain(one.run.folder)),
         )

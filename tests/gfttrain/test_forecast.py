@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import MODEL, train_settings
-from transformers import AutoModelForCausalLM
+from training_helpers import train_settings
 
-from gfttrain.config import LoraConfig, TrainConfig
-from gfttrain.forecast import activation_bytes, forecast, measure_gemm, weight_bytes
-from gfttrain.model import outline
+from gfttrain.config import TrainConfig
+from gfttrain.fit import memory_parts
+from gfttrain.forecast import forecast, measure_gemm
 from gfttrain.prepare import prepare
 from gfttrain.train import train
 
@@ -36,6 +35,7 @@ def test_positions_are_those_that_training_computes(config: TrainConfig) -> None
     assert 0 < expected.layout.prefix_saving < 1 and expected.layout.packing_efficiency == 1
     assert expected.layout.largest_micro_batch <= 300
     assert expected.flops == expected.layout.flops and expected.seconds > 0
+    assert expected.needed_bytes == sum(memory_parts(config, expected.layout.largest_micro_batch, CPU, 1))
 
 
 def test_a_long_run_is_laid_out_in_part_and_scaled(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,23 +45,6 @@ def test_a_long_run_is_laid_out_in_part_and_scaled(config: TrainConfig, monkeypa
     part = forecast(config, prepared, CPU)
     assert part.steps_laid_out == 6
     assert part.flops == pytest.approx(whole.flops, rel=0.3) and part.flops == 2 * part.layout.flops
-
-
-def test_weights_gradients_and_moments_are_counted(config: TrainConfig) -> None:
-    outlined = outline(str(MODEL))
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL).parameters())
-    head = 18 * outlined.config.hidden_size * 4
-    assert weight_bytes(config, outlined, torch.float32, 1) == 16 * parameters + head
-    assert weight_bytes(config, outlined, torch.float32, 4) == 4 * parameters + head
-    lora = config.model_copy(update={"lora": LoraConfig(rank=4)})
-    assert weight_bytes(lora, outlined, torch.float32, 1) < 8 * parameters
-
-
-def test_checkpointing_keeps_less(config: TrainConfig) -> None:
-    outlined = outline(str(MODEL))
-    less = config.model_copy(update={"gradient_checkpointing": True})
-    plain, checkpointed = (activation_bytes(c, outlined, torch.float32, 5000, CPU) for c in (config, less))
-    assert checkpointed < plain
 
 
 def test_gemm_rate_is_that_of_some_machine() -> None:

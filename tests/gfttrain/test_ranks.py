@@ -21,7 +21,7 @@ from gfttrain.train import train
 EVERY_STEP = {"every_steps": 1, "keep": 99}
 # budgets small enough for several micro-batches a rank, and steps that one rank has nothing of
 CASES: dict[str, dict[str, Any]] = {
-    "GFT": {"batch": {"micro_batch_tokens": 150}},
+    "GFT": {"batch": {"micro_batch_tokens": 150}, "gradient_checkpointing": "selective"},
     "padded, PSFT, one reduction a step": {
         "batch": {"layout": "padded", "micro_batch_tokens": 200},
         "objective": {

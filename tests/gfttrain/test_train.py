@@ -330,12 +330,23 @@ def test_losses_that_are_not_numbers_save_the_state_before_and_name_the_groups(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_out_of_memory_says_what_to_lower(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu", "numpy"])
+def test_out_of_memory_says_what_to_lower(
+    device: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return torch.empty(2**55) if device == "cpu" else np.empty(2**55)
 
     monkeypatch.setattr(training, "token_losses", full)
-    with pytest.raises(UserError, match=r"micro-batches of 1024 tokens.*batch.micro_batch_tokens=512.*checkpointing"):
+    told = {
+        "cuda": "Tried to allocate|CUDA out",
+        "cpu": "tried to allocate 144115188075855872 bytes",
+        "numpy": "256. PiB",
+    }
+    expected = rf"micro-batches of 1024 tokens: .*({told[device]}).*batch.micro_batch_tokens=512.*checkpointing"
+    with pytest.raises(UserError, match=expected):
         train(train_settings(data, tmp_path / "run"))
 
 
@@ -442,8 +453,9 @@ def test_what_another_process_did_since_the_look_is_not_undone(
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("checkpointing", [False, "selective"])
 def test_compiled_layers_take_the_same_steps(
-    run: tuple[Path, list[Event]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpointing: Any, run: tuple[Path, list[Event]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # captured and differentiated as for inductor, whose own compilation takes minutes here
     whole, compiled = torch.nn.Module.compile, []
@@ -453,7 +465,8 @@ def test_compiled_layers_take_the_same_steps(
         whole(module, backend="aot_eager", **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
-    train(train_settings(data, tmp_path / "run", max_steps=2, compile=True))
+    settings = {"compile": True, "gradient_checkpointing": checkpointing}
+    train(train_settings(data, tmp_path / "run", max_steps=2, **settings))
     assert len(compiled) == 2
     for found, expected in zip(lines(tmp_path / "run"), lines(run[0]), strict=False):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)

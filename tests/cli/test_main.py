@@ -1,6 +1,7 @@
 """The command as a user meets it: help without heavy imports, dry runs, and mistakes that end in one line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -67,6 +68,29 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert ("--strict" if command else "generate") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "expected"),
+    [
+        (["generate", "--help"], None, "PASSIVE"),
+        (["train", "--help"], None, None),
+        (["train", "--help"], "PASSIVE", "PASSIVE"),
+        (["eval", "--help"], "ACTIVE", "ACTIVE"),
+    ],
+)
+def test_threads_wait_as_is_best_for_the_command(words: list[str], given: str | None, expected: str | None) -> None:
+    code = (
+        "import os, sys\n"
+        f"sys.argv = ['gft', *{words}]\n"
+        "from gftcli.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"assert os.environ.get('OMP_WAIT_POLICY') == {expected!r}, os.environ.get('OMP_WAIT_POLICY')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_generate_validate_train_eval(gft: Gft, tmp_path: Path) -> None:

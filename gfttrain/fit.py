@@ -5,6 +5,7 @@ Memory is estimated by rules, per device.
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gfttrain.prepare import Prepared
 
 SAMPLED_STEPS = 32  # that micro-batches are chosen from
 SMALLEST_MICRO_BATCH = {"cpu": 2048}  # from here on a CPU multiplies at its full speed; 1024 elsewhere
-MICRO_BATCH_FLOPS = 5e11  # of one on a CPU: what each costs anew, some 50 ms, is a hundredth of it
+MICRO_BATCH_FLOPS = 5e11  # of one on a CPU, seconds of work: what each costs anew in calls is little beside it
 EXTRA_FLOPS = 1.05  # what smaller micro-batches may cost on a CPU, in prompts that are computed again
 USABLE = 0.9  # share of a device's memory
 PROCESS_BYTES = {"cpu": 600 * 2**20}  # Python, torch and the other libraries
@@ -98,12 +99,15 @@ def needed_bytes(config: TrainConfig, prepared: Prepared, device: torch.device, 
 
 def memory_parts(config: TrainConfig, positions: int, device: torch.device, num_ranks: int) -> tuple[int, int, int]:
     """Bytes of (weights, gradients and optimizer; activations of a micro-batch of so many positions; the process)."""
-    outlined, dtype = outline(config.model), compute_dtype(config, device)
+    outlined, dtype = _outline(config.model), compute_dtype(config, device)
     return (
         weight_bytes(config, outlined, dtype, num_ranks),
         activation_bytes(config, outlined, dtype, positions, device),
         PROCESS_BYTES.get(device.type, 0),
     )
+
+
+_outline = lru_cache(maxsize=1)(outline)  # asked for each size of micro-batch, and slow to build for large models
 
 
 def weight_bytes(config: TrainConfig, outlined: Any, dtype: torch.dtype, num_ranks: int) -> int:

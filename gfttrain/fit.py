@@ -30,7 +30,8 @@ def with_micro_batches(config: TrainConfig, prepared: Prepared, device: torch.de
     """The config with a number for `batch.micro_batch_tokens` where that is auto.
 
     On a CPU the smallest that costs no speed: it holds less, and beyond some thousand tokens gains nothing. Elsewhere
-    the largest, up to LARGEST_MICRO_BATCH, that is expected to fit into the memory. The same for a run that goes on.
+    the largest, up to LARGEST_MICRO_BATCH, that is expected to fit into the memory. The same for a run that goes on,
+    on the same device.
     """
     if config.batch.micro_batch_tokens != "auto":
         return config
@@ -61,7 +62,7 @@ def _cheap(configs: Sequence[TrainConfig], prepared: Prepared, device: torch.dev
 
 
 def _fitting(configs: Sequence[TrainConfig], prepared: Prepared, device: torch.device, num_ranks: int) -> TrainConfig:
-    there = device_bytes(device)
+    there = device_bytes(device, num_ranks)
     for config in configs:
         if there is None or needed_bytes(config, prepared, device, num_ranks) <= USABLE * there:
             return config
@@ -75,7 +76,7 @@ def _some(steps: Sequence[Step]) -> list[Step]:
 
 def memory_notice(config: TrainConfig, prepared: Prepared, device: torch.device, num_ranks: int) -> str | None:
     """What to lower where a run is expected to need more memory than its device has."""
-    there, needed = device_bytes(device), needed_bytes(config, prepared, device, num_ranks)
+    there, needed = device_bytes(device, num_ranks), needed_bytes(config, prepared, device, num_ranks)
     if there is None or needed <= USABLE * there:
         return None
     size = config.batch.limit
@@ -155,8 +156,8 @@ def activation_bytes(
     return int(positions * (whole * dtype.itemsize + 2 * text.hidden_size * 4) + 3 * chunk * text.vocab_size * 4)
 
 
-def device_bytes(device: torch.device) -> int | None:
-    """The memory of a device; of a CPU that of the machine, or less where this process may not have all of it.
+def device_bytes(device: torch.device, num_ranks: int = 1) -> int | None:
+    """A rank's memory: a GPU's, or its share of the machine's, or of less where these processes may not have all of it.
 
     None where it cannot be found out.
     """
@@ -165,7 +166,8 @@ def device_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(Path("/"))]
-    return min(limits)
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))  # of srun; torchrun says how many ranks are here
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", -(-num_ranks // nodes)))
 
 
 def _group_limits(root: Path) -> list[int]:

@@ -32,7 +32,7 @@ class Forecast:
     weight_bytes: int  # weights, gradients and optimizer state
     activation_bytes: int  # of the largest micro-batch
     process_bytes: int  # beside the model
-    device_bytes: int | None  # what there is
+    device_bytes: int | None  # what there is for a rank
     memory_notice: str | None  # where that may not be enough
     gemm_flops_per_second: float
     seconds: float
@@ -70,7 +70,7 @@ def forecast(
         weight_bytes=weights,
         activation_bytes=activations,
         process_bytes=process,
-        device_bytes=device_bytes(device),
+        device_bytes=device_bytes(device, num_ranks),
         memory_notice=memory_notice(config, prepared, device, num_ranks),
         gemm_flops_per_second=rate,
         seconds=work / (rate * GEMM_SHARE),

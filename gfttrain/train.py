@@ -72,7 +72,7 @@ class Diverged(UserError):
 class Event:
     """Something that happened, for whoever shows progress."""
 
-    kind: Literal["start", "step", "checkpoint"]
+    kind: Literal["notice", "start", "step", "checkpoint"]
     step: int
     num_steps: int
     metrics: metrics.Metrics
@@ -124,6 +124,9 @@ def _train(
     out, steps, index, objective = Path(config.out), prepared.steps, prepared.index, config.objective
     if prepared.finished:
         return out / FINAL
+    if (tight := memory_notice(config, prepared, world.device, world.size)) is not None:
+        # before the model is loaded: a CPU's processes are killed without a word where memory runs out
+        on_event(Event("notice", prepared.first_step, len(steps), {}, (tight,)))
     torch.manual_seed(config.seed)
     policy = load_for_training(config, world)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -136,8 +139,6 @@ def _train(
         if world.rank == 0:  # what is in no step is never touched, and yet has its part in what the steps are
             reader.check(prepared.unscheduled_shards)
     start_notices = list(prepared.notices)
-    if (tight := memory_notice(config, prepared, world.device, world.size)) is not None:
-        start_notices.append(tight)
     if prepared.first_step == 0:
         start_notices += _look_before(config, prepared, world, policy, reader)
     old_logprobs: dict[str, torch.Tensor] = {}

@@ -60,6 +60,7 @@ def planned(console: Console, config: "CompareConfig", found: "Sequence[PlannedR
     # weights of float32, each run's final model, and checkpoints with Adam's two moments
     on_disk = (len(found) - 1) * parameters * 4 * (1 + 3 * config.train.checkpoint.keep)
     notices = dict.fromkeys(notice for one in found if one.prepared for notice in one.prepared.notices)
+    notices |= dict.fromkeys(one.forecast.memory_notice for one in found if one.forecast and one.forecast.memory_notice)
     show.facts(
         console,
         {

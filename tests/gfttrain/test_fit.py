@@ -10,7 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from training_helpers import MODEL, make_index, random_examples, train_settings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gftdata.errors import UserError
 from gfttrain import fit
+from gfttrain import train as training
 from gfttrain.config import LoraConfig, TrainConfig
 from gfttrain.distributed import alone
 from gfttrain.fit import activation_bytes, memory_notice, needed_bytes, weight_bytes, with_limit, with_micro_batches
@@ -84,22 +86,20 @@ def test_on_a_cpu_as_small_as_costs_no_speed(config: TrainConfig, monkeypatch: p
     assert chosen(20, 600) == 8192  # of a tiny model, whose micro-batches are over at once
     monkeypatch.setattr(fit, "MICRO_BATCH_FLOPS", 0.0)
     assert chosen(20, 600) == 2048  # its prompts cost nothing
-    assert chosen(400, 400) == 4096  # two in three of its positions would be prompts computed again
+    assert chosen(400, 400) == 4096  # with 2048, each prompt would be computed twice
     assert chosen(2000, 700) == 8192
 
 
-@pytest.mark.parametrize("gib", [10.0, 1.0, 0.0])
-def test_elsewhere_as_large_as_fits(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+@pytest.mark.parametrize("expected", [8192, 4096, 2048, 1024])
+def test_elsewhere_as_large_as_fits(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, expected: int) -> None:
     prepared = planned(config, 200, 300)
-    sizes = (8192, 4096, 2048, 1024)
-    needs = {size: needed_bytes(with_limit(config, size), prepared, CUDA, 1) for size in sizes}
-    there = {10.0: 10 * needs[8192], 1.0: int(needs[2048] / fit.USABLE) + 1, 0.0: 1}[gib]
-    monkeypatch.setattr(fit, "device_bytes", lambda device: there)
-    expected = {10.0: 8192, 1.0: 2048, 0.0: 1024}[gib]
+    needed = needed_bytes(with_limit(config, expected), prepared, CUDA, 1)
+    there = int(needed / fit.USABLE) + 1 if expected > 1024 else 1  # nothing fits into one byte
+    monkeypatch.setattr(fit, "device_bytes", lambda device, num_ranks: there)
     assert with_micro_batches(config, prepared, CUDA, 1).batch.micro_batch_tokens == expected
 
 
-def test_what_a_device_is_asked_may_stay_unknown(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_may_not_say_what_it_has(config: TrainConfig) -> None:
     prepared = planned(config, 200, 300)
     assert fit.device_bytes(torch.device("mps")) is None
     assert with_micro_batches(config, prepared, torch.device("mps"), 1).batch.micro_batch_tokens == 8192
@@ -110,11 +110,11 @@ def test_too_little_memory_is_said_with_what_to_lower(config: TrainConfig, monke
     prepared = planned(config, 20, 300)
     assert memory_notice(config, prepared, CPU, 1) is None
     needs = {size: needed_bytes(with_limit(config, size), prepared, CUDA, 1) for size in (4096, 2048)}
-    monkeypatch.setattr(fit, "device_bytes", lambda device: int(sum(needs.values()) / 2 / fit.USABLE))
+    monkeypatch.setattr(fit, "device_bytes", lambda device, num_ranks: int(sum(needs.values()) / 2 / fit.USABLE))
     notice = memory_notice(config, prepared, CUDA, 1)
     assert notice is not None and "batch.micro_batch_tokens=2048 or gradient_checkpointing=true or lora" in notice
     assert memory_notice(with_limit(config, 2048), prepared, CUDA, 1) is None
-    monkeypatch.setattr(fit, "device_bytes", lambda device: 1)
+    monkeypatch.setattr(fit, "device_bytes", lambda device, num_ranks: 1)
     everything = config.model_copy(update={"gradient_checkpointing": True, "lora": LoraConfig(rank=4)})
     assert str(memory_notice(everything, prepared, CUDA, 1)).endswith("use more devices")
 
@@ -140,3 +140,33 @@ def test_limits_of_batch_systems_count(tmp_path: Path, line: str, folder: str, f
 def test_the_memory_of_this_machine_is_known() -> None:
     found = fit.device_bytes(CPU)
     assert found is not None and 2**28 < found < 2**50
+
+
+@pytest.mark.parametrize(
+    ("ranks", "environment", "share"),
+    [(2, {}, 2), (8, {"LOCAL_WORLD_SIZE": "4"}, 4), (6, {"SLURM_STEP_NUM_NODES": "3"}, 2)],
+)
+def test_ranks_share_a_machine(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, environment: dict[str, str], share: int
+) -> None:
+    whole = fit.device_bytes(CPU)
+    assert whole is not None
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert fit.device_bytes(CPU, ranks) == whole // share
+
+
+def test_what_lacks_is_said_before_a_model_is_loaded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[training.Event] = []
+
+    def load(*_: Any) -> Any:
+        raise UserError("nothing is loaded here")
+
+    monkeypatch.setattr(fit, "device_bytes", lambda device, num_ranks: 2**20)
+    monkeypatch.setattr(training, "load_for_training", load)
+    with pytest.raises(UserError, match="nothing is loaded here"):
+        training.train(train_settings(data, tmp_path / "run"), said.append)
+    (event,) = said
+    assert event.kind == "notice" and "GiB of memory will be needed" in event.notices[0]

@@ -55,7 +55,11 @@ def finish(world: World, what: Command, wanted: Parts) -> None:
 def test_killed_at_any_operation_on_the_disk(
     name: str, world: World, rng: Random, num_cases: Count, tried: Tried
 ) -> None:
-    """At each the process dies before it, or, at a write, when half of it is there; some lives end so early twice."""
+    """At each the process dies before it, or, at a write, when half of it is there; some lives end so early twice.
+
+    `pull` downloads in threads that wait for each other's locks, by creating them again and again: the last operations
+    that were counted may not be reached in another run, which then ends well.
+    """
     wanted = expected(world, name, case_of(world))
     what = command(name, world, case_of(world))
     counted = world.warm.gft(*what.words, fault=Fault(How.COUNT, 0), constants=what.constants)
@@ -73,12 +77,14 @@ def test_killed_at_any_operation_on_the_disk(
             for fault in lives:
                 print(name, fault, operation)
                 ended = world.warm.gft(*what.words, fault=fault, constants=what.constants)
-                assert ended.code == -9 or (fault is not lives[0] and ended.code in (0, 2)), ended
+                may_end = (0, 2) if fault is not lives[0] else (0,) if name == "pull" else ()
+                assert ended.code in (-9, *may_end), ended
                 kills += ended.code == -9
                 check(what, wanted)
                 before, safe = safe, progress(what)
                 assert safe >= before, "what was safe is not there any more"
             finish(world, what, wanted)
+        assert 2 * kills >= len(points)
     finally:
         tried("crashes: SIGKILL at an operation on the disk, then the same command", kills)
 

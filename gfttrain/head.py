@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gfttrain import onednn
+
 TokenLosses = Callable[[torch.Tensor, slice], torch.Tensor]  # log-probs [C], which tokens they are -> losses [C]
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}  # logits of a chunk: 32 MiB and 512 MiB in float32
@@ -110,7 +112,7 @@ def _forward(
     for start in range(0, num_tokens, size):
         chunk = slice(start, min(start + size, num_tokens))
         hidden_CD, targets_C1 = hidden_ND[chunk].to(dtype), targets_N[chunk, None]
-        logits_CV = hidden_CD @ used_VD.T
+        logits_CV = onednn.linear(hidden_CD, used_VD)
         if bias_V is not None:
             logits_CV += bias_V.to(dtype)
         logits_CV = _shaped(logits_CV.to(wide), head)

@@ -1,0 +1,138 @@
+"""Float32 products of a model's linear layers on a CPU: torch's own (MKL) and oneDNN's, which gft train may take.
+
+    python benchmarks/products.py                       # shapes of SmolLM2-135M, a minute on 2 cores
+    python benchmarks/products.py --model runs/smollm2 --tokens 2048
+    python benchmarks/products.py --smoke               # small shapes: says nothing of speed
+
+For each shape of a layer's linears the product of the forward pass (x W^T) and the two of its backward pass (dy W, dy^T
+x), and for the head the logits of one chunk of tokens. Library and product alternate; every number is the median and
+the middle half of `--rounds` rounds of a quarter of a second, in GFLOP/s (2 a multiplication). `taken` says which of
+the two `gft train` takes for a product of this kind and size on this machine (gfttrain/onednn.py). The two libraries'
+results must agree to 1e-5 of the largest entry.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import print_end, print_table, spread
+
+from gfttrain import onednn
+from gfttrain.head import chunk_tokens
+
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "heads": 576, "kv": 192, "vocab_size": 49152}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "heads": 16, "kv": 8, "vocab_size": 64}
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product by each of the libraries."""
+
+    name: str
+    multiplications: int
+    mkl: Callable[[], torch.Tensor]
+    onednn: Callable[[], torch.Tensor]
+    kept: bool  # gft train leaves this kind to MKL
+
+
+def sizes_of(model: str) -> dict[str, int]:
+    """Inputs and outputs of the linears of a Llama-shaped model."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {
+        **{key: config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")},
+        "heads": dim * config["num_attention_heads"],
+        "kv": dim * config["num_key_value_heads"],
+    }
+
+
+def products(sizes: dict[str, int], tokens: int) -> list[Product]:
+    """Those of a layer's linears, each shape once, and the logits of a chunk."""
+    width, inner, heads, kv = (sizes[key] for key in ("hidden_size", "intermediate_size", "heads", "kv"))
+    chunk = min(tokens, chunk_tokens(sizes["vocab_size"], torch.device("cpu")))
+    shapes = dict.fromkeys([(width, heads), (width, kv), (heads, width), (width, inner), (inner, width)])
+    found = []
+    for inputs, outputs in shapes:
+        x, weight, grad = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
+        found += [
+            product("x W^T", x, weight),
+            product("dy W", grad, weight.T),
+            product("dy^T x", grad.T, x.T, kept=True),
+        ]
+    return [*found, product("logits", torch.randn(chunk, width), torch.randn(sizes["vocab_size"], width))]
+
+
+def product(kind: str, left: torch.Tensor, right: torch.Tensor, *, kept: bool = False) -> Product:
+    """left [M, K] and right [N, K] -> [M, N]."""
+    size = f"{kind}  {len(left):,} x {left.shape[1]:,} x {len(right):,}"
+    return Product(
+        size,
+        left.numel() * len(right),
+        lambda: left @ right.T,
+        lambda: onednn.multiply(left, right, None, "none", [], ""),
+        kept,
+    )
+
+
+def rate(product: Callable[[], torch.Tensor], multiplications: int, seconds: float) -> float:
+    """GFLOP/s over so many seconds."""
+    product()
+    began, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - began) < seconds or not count:
+        product()
+        count += 1
+    return 2 * multiplications * count / taken / 1e9
+
+
+def check_same(product: Product) -> None:
+    """Ends the program where the libraries differ by more than rounding."""
+    ours, theirs = product.onednn(), product.mkl()
+    gap = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not gap <= TOLERANCE:
+        sys.exit(f"{product.name}: the two libraries differ by {gap:.3g} of the largest entry")
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", help="a folder of a Llama-shaped model; default: SmolLM2-135M's sizes")
+    parser.add_argument("--tokens", type=int, default=1536, help="of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--smoke", action="store_true", help="small shapes, one short round")
+    options = parser.parse_args()
+    if onednn.multiply is None:
+        sys.exit("this torch has no oneDNN: gft train uses its own products")
+    sizes, seconds = (SMALL, 0.001) if options.smoke else (SMOLLM2, 0.25)
+    if options.smoke:
+        options.tokens, options.rounds = 24, 1
+    if options.model is not None:
+        sizes = sizes_of(options.model)
+    torch.manual_seed(0)
+    tried = products(sizes, options.tokens)
+    rates: dict[str, tuple[list[float], list[float]]] = {each.name: ([], []) for each in tried}
+    for each in tried:
+        check_same(each)
+    for _ in range(options.rounds):
+        for each in tried:
+            for place, function in enumerate((each.mkl, each.onednn)):
+                rates[each.name][place].append(rate(function, each.multiplications, seconds))
+    rows = []
+    for each in tried:
+        mkl, dnn = rates[each.name]
+        ratio = spread([b / a for a, b in zip(mkl, dnn, strict=True)]).median
+        here = onednn.is_faster_here() and not each.kept and each.multiplications >= onednn.LEAST
+        rows.append(
+            [each.name, spread(mkl).text(".0f"), spread(dnn).text(".0f"), f"{ratio:.2f}", "oneDNN" if here else "MKL"]
+        )
+    print_table(["product, rows x inner x columns", "MKL", "oneDNN", "ratio", "taken"], rows)
+    print_end("torch")
+
+
+if __name__ == "__main__":
+    main()

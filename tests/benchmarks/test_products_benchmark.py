@@ -1,0 +1,35 @@
+"""products.py: its table in a small size, and that libraries which disagree are noticed."""
+
+import argparse
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+from gfttrain import onednn
+
+pytestmark = pytest.mark.skipif(onednn.multiply is None, reason="this torch has no oneDNN")
+
+
+def test_each_product_of_a_layer_is_measured_with_both(benchmark: Callable[..., list[str]]) -> None:
+    lines = benchmark("products.py", "--smoke")
+    rows = [line.split("  ")[:2] for line in lines[1:-2]]
+    assert rows[:3] == [["x W^T", "24 x 16 x 16"], ["dy W", "24 x 16 x 16"], ["dy^T x", "16 x 24 x 16"]]
+    assert rows[-1] == ["logits", "24 x 16 x 64"] and len(rows) == 4 * 3 + 1
+    assert all(line.endswith("MKL") for line in lines[1:-2])  # far too small for gft train to take oneDNN's
+
+
+def test_sizes_are_the_models(module: Callable[[str], ModuleType]) -> None:
+    products = module("products")
+    sizes = products.sizes_of("samples/demo/model")
+    assert sizes == {"hidden_size": 96, "intermediate_size": 224, "vocab_size": 18, "heads": 96, "kv": 96}
+
+
+def test_another_result_ends_the_run(module: Callable[[str], ModuleType]) -> None:
+    products = module("products")
+    right = products.product("x W^T", torch.randn(5, 4), torch.randn(6, 4))
+    products.check_same(right)
+    wrong = argparse.Namespace(name="x", mkl=right.mkl, onednn=lambda: right.mkl() * 1.001)
+    with pytest.raises(SystemExit, match="the two libraries differ by"):
+        products.check_same(wrong)

@@ -34,7 +34,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
     monkeypatch.setattr(onednn, "_product", counted)
     monkeypatch.setattr(onednn, "is_faster_here", lambda: True)
     monkeypatch.setattr(onednn, "LEAST", 1)
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # `use_in` sets sizes of caches
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in onednn.CACHES})  # it sets them
     yield shapes
 
 

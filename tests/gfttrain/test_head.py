@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_helpers import distance
 
+from gftdata.engines.hf import token_logprobs
 from gfttrain import head as fused
 from gfttrain.config import ObjectiveConfig
 from gfttrain.head import Head, fused_head
@@ -170,6 +171,18 @@ def test_a_constant_objective_gives_logprobs_and_no_gradient() -> None:
     )
     total.backward()
     assert not losses.any() and hidden.grad is not None and not hidden.grad.any()
+
+
+def test_rounding_stays_small_over_a_large_vocabulary() -> None:
+    # one likely token and very many unlikely ones: what a kernel loses that adds them up one after the other
+    logits = torch.randn(64, 49152, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] = 14.0
+    targets = torch.zeros(64, dtype=torch.int64)
+    exact = (logits.double() - logits.double().logsumexp(-1, keepdim=True))[:, 0]
+    one_hot = torch.eye(64)
+    found = fused_head(one_hot, logits.T.contiguous(), None, targets, lambda logprobs, _: logprobs, Head())[2]
+    for logprobs in (found, token_logprobs(logits, targets)):
+        assert (logprobs.double() - exact).abs().max() < 2e-6
 
 
 def test_no_tokens_at_all() -> None:

@@ -18,7 +18,7 @@ from gfttrain.model import load_for_training
 from gfttrain.objective import token_losses
 
 Shapes = list[tuple[int, ...]]
-pytestmark = pytest.mark.skipif(onednn.multiply is None, reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 @pytest.fixture

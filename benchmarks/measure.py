@@ -76,6 +76,14 @@ def end(failed: Failed) -> None:
     sys.exit(f"{said}\nexit code {code} of: {shlex.join(command)[:300]}")
 
 
+def linears(model: str) -> list[tuple[int, int]]:
+    """Inputs and outputs of the linears of one layer of a Llama-shaped model."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv = (config["head_dim"] * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
+    return [(width, heads), (width, kv), (width, kv), (heads, width), (width, inner), (width, inner), (inner, width)]
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """The middle half of some measurements."""

@@ -1,8 +1,8 @@
 """Float32 products of a model's linear layers on a CPU: torch's own (MKL) and oneDNN's, which gft train may take.
 
-    python benchmarks/products.py                       # shapes of SmolLM2-135M, a minute on 2 cores
-    python benchmarks/products.py --model runs/smollm2 --tokens 2048
-    python benchmarks/products.py --smoke               # small shapes: says nothing of speed
+    python samples/smollm2/prepare.py runs/smollm2      # SmolLM2-135M-Instruct, see there
+    python benchmarks/products.py                       # a minute on 2 cores
+    python benchmarks/products.py --smoke               # the demo's model: says nothing of speed
 
 For each shape of a layer's linears the product of the forward pass (x W^T) and the two of its backward pass (dy W, dy^T
 x), and for the head the logits of one chunk of tokens. Library and product alternate; every number is the median and
@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measure import print_end, print_table, spread
+from measure import linears, print_end, print_table, spread
 
 from gfttrain import onednn
 from gfttrain.head import chunk_tokens
 
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "heads": 576, "kv": 192, "vocab_size": 49152}
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "heads": 16, "kv": 8, "vocab_size": 64}
 TOLERANCE = 1e-5
 
 
@@ -41,31 +39,20 @@ class Product:
     kept: bool  # gft train leaves this kind to MKL
 
 
-def sizes_of(model: str) -> dict[str, int]:
-    """Inputs and outputs of the linears of a Llama-shaped model."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return {
-        **{key: config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")},
-        "heads": dim * config["num_attention_heads"],
-        "kv": dim * config["num_key_value_heads"],
-    }
-
-
-def products(sizes: dict[str, int], tokens: int) -> list[Product]:
+def products(model: str, tokens: int) -> list[Product]:
     """Those of a layer's linears, each shape once, and the logits of a chunk."""
-    width, inner, heads, kv = (sizes[key] for key in ("hidden_size", "intermediate_size", "heads", "kv"))
-    chunk = min(tokens, chunk_tokens(sizes["vocab_size"], torch.device("cpu")))
-    shapes = dict.fromkeys([(width, heads), (width, kv), (heads, width), (width, inner), (inner, width)])
+    config = json.loads((Path(model) / "config.json").read_text())
+    width, vocab = config["hidden_size"], config["vocab_size"]
     found = []
-    for inputs, outputs in shapes:
+    for inputs, outputs in dict.fromkeys(linears(model)):
         x, weight, grad = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
         found += [
             product("x W^T", x, weight),
             product("dy W", grad, weight.T),
             product("dy^T x", grad.T, x.T, kept=True),
         ]
-    return [*found, product("logits", torch.randn(chunk, width), torch.randn(sizes["vocab_size"], width))]
+    chunk = min(tokens, chunk_tokens(vocab, torch.device("cpu")))
+    return [*found, product("logits", torch.randn(chunk, width), torch.randn(vocab, width))]
 
 
 def product(kind: str, left: torch.Tensor, right: torch.Tensor, *, kept: bool = False) -> Product:
@@ -101,20 +88,18 @@ def check_same(product: Product) -> None:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", help="a folder of a Llama-shaped model; default: SmolLM2-135M's sizes")
+    parser.add_argument("--model", default="runs/smollm2", help="a folder of a Llama-shaped model")
     parser.add_argument("--tokens", type=int, default=1536, help="of a micro-batch")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--smoke", action="store_true", help="small shapes, one short round")
+    parser.add_argument("--smoke", action="store_true", help="the demo's model, one short round")
     options = parser.parse_args()
     if onednn.multiply is None:
         sys.exit("this torch has no oneDNN: gft train uses its own products")
-    sizes, seconds = (SMALL, 0.001) if options.smoke else (SMOLLM2, 0.25)
+    seconds = 0.25
     if options.smoke:
-        options.tokens, options.rounds = 24, 1
-    if options.model is not None:
-        sizes = sizes_of(options.model)
+        options.model, options.tokens, options.rounds, seconds = "samples/demo/model", 24, 1, 0.001
     torch.manual_seed(0)
-    tried = products(sizes, options.tokens)
+    tried = products(options.model, options.tokens)
     rates: dict[str, tuple[list[float], list[float]]] = {each.name: ([], []) for each in tried}
     for each in tried:
         check_same(each)

@@ -74,7 +74,7 @@ ENTRIES = (
         "the same over prompts, group sizes, groups without signal",
         (TRL, SMOLLM2),
     ),
-    Entry("products", "benchmarks/products.py", "matrix products of MKL and oneDNN"),
+    Entry("products", "benchmarks/products.py", "matrix products of MKL and oneDNN", (SMOLLM2,)),
     Entry("ladder", "benchmarks/ladder.py", "each part of the trainer by itself", (SMOLLM2,)),
     Entry("growth", "benchmarks/growth.py", "time a response token as groups, prompts, vocabulary and shards grow"),
     Entry("stream", "benchmarks/stream.py", "from shards to tensors: tokens a second, memory"),

@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from copied_groups import Shape, write_data
-from measure import ROOT, Failed, end, last_json, print_end, print_table, run_process, spread
+from measure import ROOT, Failed, end, last_json, linears, print_end, print_table, run_process, spread
 
 GRID = ((64, 64), (256, 64))  # prompt and mean response
 GRID_RESPONSES = [4, 8, 16]
@@ -85,14 +85,6 @@ class Run:
     peak: float  # GiB
     first_step: float  # seconds from the start of the process to the end of its first optimizer step
     details: dict[str, Any]  # ours: the batch settings; TRL's: versions and processor time
-
-
-def linears(model: str) -> list[tuple[int, int]]:
-    """Inputs and outputs of the linears of one layer of a Llama-shaped model."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv = (config["head_dim"] * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
-    return [(width, heads), (width, kv), (width, kv), (heads, width), (width, inner), (width, inner), (inner, width)]
 
 
 def step_flop(model: str, shape: Shape, batch: dict[str, Any]) -> float:

@@ -1,7 +1,6 @@
 """Products by oneDNN: the same numbers as torch's own, taken where they are faster and nowhere else."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> Shapes:
     """Whatever can be is oneDNN's, on any machine and of any size. Gives the shapes of the products that were."""
     shapes: Shapes = []
     real = onednn._product
@@ -35,7 +34,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
     monkeypatch.setattr(onednn, "is_faster_here", lambda: True)
     monkeypatch.setattr(onednn, "LEAST", 1)
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in onednn.CACHES})  # it sets them
-    yield shapes
+    return shapes
 
 
 def layers(bias: bool) -> tuple[nn.Linear, onednn.Linear]:

@@ -5,7 +5,7 @@
     python benchmarks/products.py --smoke               # the demo's model: says nothing of speed
 
 For each shape of a layer's linears the product of the forward pass (x W^T) and the two of its backward pass (dy W, dy^T
-x), and for the head the logits of one chunk of tokens. Library and product alternate; every number is the median and
+x), and for the head the logits of one chunk of tokens and the product back (dlogits W). Library and product alternate; every number is the median and
 the middle half of `--rounds` rounds of a quarter of a second, in GFLOP/s (2 a multiplication). `taken` says which of
 the two `gft train` takes for a product of this kind and size on this machine (gfttrain/onednn.py). The two libraries'
 results must agree to 1e-5 of the largest entry.
@@ -40,7 +40,7 @@ class Product:
 
 
 def products(model: str, tokens: int) -> list[Product]:
-    """Those of a layer's linears, each shape once, and the logits of a chunk."""
+    """Those of a layer's linears, each shape once, and two of the head's of a chunk."""
     config = json.loads((Path(model) / "config.json").read_text())
     width, vocab = config["hidden_size"], config["vocab_size"]
     found = []
@@ -52,7 +52,8 @@ def products(model: str, tokens: int) -> list[Product]:
             product("dy^T x", grad.T, x.T, kept=True),
         ]
     chunk = min(tokens, chunk_tokens(vocab, torch.device("cpu")))
-    return [*found, product("logits", torch.randn(chunk, width), torch.randn(vocab, width))]
+    hidden, weight, grad = torch.randn(chunk, width), torch.randn(vocab, width), torch.randn(chunk, vocab)
+    return [*found, product("logits", hidden, weight), product("dlogits W", grad, weight.T)]
 
 
 def product(kind: str, left: torch.Tensor, right: torch.Tensor, *, kept: bool = False) -> Product:

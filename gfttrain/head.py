@@ -3,7 +3,7 @@
 Every objective is a function of a token's log-prob, so its gradient with respect to the logits is known as soon as the
 log-prob is: (d loss / d log-prob) * (onehot - softmax). One pass over the vocabulary, forward and backward.
 
-Shapes: N response tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Shapes: N response tokens, C tokens of a chunk, R of them, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from gfttrain import onednn
 TokenLosses = Callable[[torch.Tensor, slice], torch.Tensor]  # log-probs [C], which tokens they are -> losses [C]
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}  # logits of a chunk: 32 MiB and 512 MiB in float32
+CACHED_ELEMENTS = 2**18  # logits that one pass after another works on, on a CPU: 1 MiB stays in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +117,16 @@ def _forward(
         if bias_V is not None:
             logits_CV += bias_V.to(dtype)
         logits_CV = _shaped(logits_CV.to(wide), head)
-        # not log_softmax, whose kernel on a CPU adds up one after the other: up to 6 times the rounding error
-        logp_CV = logits_CV - logits_CV.logsumexp(-1, keepdim=True)
-        logprobs_C = logp_CV.gather(-1, targets_C1).squeeze(-1)
-        probs_CV = logp_CV.exp()
-        logprobs_N[chunk] = logprobs_C
-        entropy_N[chunk] = -torch.linalg.vecdot(probs_CV, logp_CV)
-        losses_N[chunk], slopes_C = _losses_and_slopes(token_losses, logprobs_C, chunk)
+        probs_CV = logits_CV if head.softcap is None else torch.empty_like(logits_CV)
+        _softmax(logits_CV, targets_C1, probs_CV, logprobs_N[chunk], entropy_N[chunk])
+        losses_N[chunk], slopes_C = _losses_and_slopes(token_losses, logprobs_N[chunk], chunk)
         if any(needs):
             # d loss / d logits = slope * (onehot - softmax), in place of the probabilities
             slopes_C1 = slopes_C.unsqueeze(-1)
             grad_CV = probs_CV.mul_(-slopes_C1).scatter_add_(-1, targets_C1, slopes_C1)
             grad_CV = _unshaped(grad_CV, logits_CV, head).to(dtype)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[chunk] = grad_CV @ used_VD
+                grad_hidden_ND[chunk] = onednn.linear(grad_CV, used_VD.T)
             if grad_weight_VD is not None:
                 if grad_weight_VD.dtype == dtype:
                     grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
@@ -142,6 +139,24 @@ def _forward(
     ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
     ctx.mark_non_differentiable(losses_N, logprobs_N, entropy_N)
     return losses_N.sum(), losses_N, logprobs_N, entropy_N
+
+
+def _softmax(
+    logits_CV: torch.Tensor,
+    targets_C1: torch.Tensor,
+    probs_CV: torch.Tensor,
+    logprobs_C: torch.Tensor,
+    entropy_C: torch.Tensor,
+) -> None:
+    """Fill the last three: probabilities (which may take the logits' place), the targets' log-probs, entropies."""
+    size = max(1, CACHED_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+    for start in range(0, len(logits_CV), size):
+        rows = slice(start, start + size)
+        # not log_softmax, whose kernel on a CPU adds up one after the other: up to 6 times the rounding error
+        logp_RV = logits_CV[rows] - logits_CV[rows].logsumexp(-1, keepdim=True)
+        torch.exp(logp_RV, out=probs_CV[rows])
+        logprobs_C[rows] = logp_RV.gather(-1, targets_C1[rows]).squeeze(-1)
+        entropy_C[rows] = -torch.linalg.vecdot(probs_CV[rows], logp_RV)
 
 
 def _shaped(logits_CV: torch.Tensor, head: Head) -> torch.Tensor:

@@ -27,6 +27,7 @@ N, D, V = 37, 16, 29
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "chunk_tokens", lambda vocab, device: 8)
+    monkeypatch.setattr(fused, "CACHED_ELEMENTS", 3 * V)  # rows of a chunk that are worked on together
 
 
 def problem(dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:

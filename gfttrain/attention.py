@@ -9,8 +9,8 @@ the definition; FlexAttention (CUDA) and flash attention in parts (CPU) compute 
 hang in transformers' attention interface under NAME, so no model is forked; without segments NAME is plain causal
 attention.
 
-Shapes: L positions of the packed row, H query heads, K key-value heads, D head size, B segments of a batch of like
-ones, T positions of a segment, S keys.
+Shapes: L positions of the packed row, H query heads, K key-value heads, G query heads of each of them, D head size, B
+segments of a batch of like ones, T positions of a segment, S keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -242,14 +242,19 @@ def _flex(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Queries of B segments of like length looking at the keys of as many: one call of the kernel."""
+    """Queries of B segments of like length looking at the keys of as many: one call of the kernel.
 
-    queries: torch.Tensor | slice  # [B * T] positions; of one segment, a slice
-    keys: torch.Tensor | slice  # [B * S]
-    count: int  # B
-    real: torch.Tensor | None  # [B * T] bool, where queries are padded
+    The kernel's batch is segments times key-value heads, and its heads are the G query heads that share one, so that
+    keys and values need no copy for each query head. A place is a position and a key-value head: position * K + head.
+    """
+
+    queries: torch.Tensor | slice  # places [B * K, T]; of one segment, a slice of positions
+    keys: torch.Tensor | slice  # places [B * K, S], or such a slice
+    real: torch.Tensor | None  # which of the B * K * T queries are not padded, where some are
+    padded: torch.Tensor | None  # which are
+    across: bool  # responses with their prompt, after each has been with itself
     causal: bool
-    mask: torch.Tensor | None  # additive [B, 1, T, S], for a sliding window
+    mask: torch.Tensor | None  # additive [B * K, 1, T, S], for a sliding window
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # parts differ from batch to batch
@@ -266,46 +271,46 @@ def _in_parts(
     Three kinds of parts: prompts with themselves, responses with themselves, responses with their prompt. The last two
     are merged by their log-sum-exps, as blocks are within flash attention (arXiv:2205.14135) and ring attention.
     """
-    plan = segments.built.get(("parts", window, query.dtype))
+    name = ("parts", window, query.dtype, key.shape[1])
+    plan = segments.built.get(name)
     if plan is None:
-        plan = segments.built["parts", window, query.dtype] = _plan_parts(segments, window, query.dtype)
+        plan = segments.built[name] = _plan_parts(segments, window, query.dtype, key.shape[1])
     out: torch.Tensor = _PartsAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    within: tuple[Part, ...]  # every position is a query of one of them
-    across: tuple[Part, ...]  # a response's positions once more, with their prompt's
+def _plan_parts(segments: Segments, window: int | None, dtype: torch.dtype, kv_heads: int) -> tuple[Part, ...]:
+    """First the parts of which every position is a query and a key of one, then responses' positions once more."""
 
+    def part(queries: tuple[Ints, Ints], keys: tuple[Ints, Ints], chosen: Ints, across: bool) -> Part:
+        (query_starts, query_lengths), (key_starts, key_lengths) = queries, keys
+        return _part(
+            query_starts[chosen],
+            query_lengths[chosen],
+            key_starts[chosen],
+            key_lengths[chosen],
+            across,
+            window,
+            segments.position_L.numpy(),
+            dtype,
+            kv_heads,
+        )
 
-def _plan_parts(segments: Segments, window: int | None, dtype: torch.dtype) -> _Plan:
-    position_L = segments.position_L.numpy()
     starts = np.concatenate([segments.prompt_starts, segments.response_starts])
     lengths = np.concatenate([segments.prompt_lengths, segments.response_lengths])
-    within = [
-        _part(starts[chosen], lengths[chosen], starts[chosen], lengths[chosen], True, window, position_L, dtype)
-        for chosen in _alike(lengths, lengths)
-    ]
+    own = starts, lengths
+    prompts = segments.prompt_starts, segments.prompt_lengths
     # all responses of a piece look at its prompt together: to the prompt they are one segment
     pieces = len(segments.prompt_starts)
     first = segments.prompt_starts + segments.prompt_lengths
     after = np.bincount(segments.piece_of_response, segments.response_lengths, minlength=pieces).astype(np.int64)
+    within = [part(own, own, chosen, False) for chosen in _alike(lengths, lengths)]
     across = [
-        _part(
-            first[chosen],
-            after[chosen],
-            segments.prompt_starts[chosen],
-            segments.prompt_lengths[chosen],
-            False,
-            window,
-            position_L,
-            dtype,
-        )
+        part((first, after), prompts, chosen, True)
         for length in np.unique(segments.prompt_lengths)
         for chosen in _alike(np.where(segments.prompt_lengths == length, after, 0), np.full(pieces, length))
     ]
-    return _Plan(tuple(within), tuple(across))
+    return (*within, *across)
 
 
 def _alike(lengths: Ints, widths: Ints) -> Iterator[Ints]:
@@ -329,13 +334,14 @@ def _part(
     query_lengths: Ints,
     key_starts: Ints,
     key_lengths: Ints,
-    causal: bool,
+    across: bool,
     window: int | None,
     position_L: Ints,
     dtype: torch.dtype,
+    kv_heads: int,
 ) -> Part:
     count, num_queries, num_keys = len(query_starts), int(query_lengths.max()), int(key_lengths.max())
-    mask: torch.Tensor | None = None
+    causal, mask = not across, None
     # a padded place repeats its segment's last position; its outputs are dropped and its gradients zero
     places_BT = query_starts[:, None] + np.minimum(np.arange(num_queries), query_lengths[:, None] - 1)
     keys_BS = key_starts[:, None] + np.minimum(np.arange(num_keys), key_lengths[:, None] - 1)
@@ -347,15 +353,24 @@ def _part(
                 causal = False
             mask = torch.zeros(count, 1, num_queries, num_keys, dtype=dtype)
             mask.masked_fill_(torch.from_numpy(far_BTS[:, None]), -torch.inf)
+            mask = mask.repeat_interleave(kv_heads, 0)
     if count == 1:
         first, other = int(query_starts[0]), int(key_starts[0])
-        return Part(slice(first, first + num_queries), slice(other, other + num_keys), 1, None, causal, mask)
-    real = torch.from_numpy((np.arange(num_queries) < query_lengths[:, None]).reshape(-1))
+        places = slice(first, first + num_queries), slice(other, other + num_keys)
+        return Part(*places, None, None, across, causal, mask)
+
+    def by_head(positions_BT: Ints) -> torch.Tensor:
+        places_BKT = positions_BT[:, None] * kv_heads + np.arange(kv_heads)[:, None]
+        return torch.from_numpy(places_BKT.reshape(count * kv_heads, -1))
+
+    real_N = torch.from_numpy((np.arange(num_queries) < query_lengths[:, None]).repeat(kv_heads, 0).reshape(-1))
+    full = bool(real_N.all())
     return Part(
-        torch.from_numpy(places_BT.reshape(-1)),
-        torch.from_numpy(keys_BS.reshape(-1)),
-        count,
-        None if real.all() else real,
+        by_head(places_BT),
+        by_head(keys_BS),
+        None if full else real_N.nonzero().flatten(),
+        None if full else (~real_N).nonzero().flatten(),
+        across,
         causal,
         mask,
     )
@@ -370,103 +385,105 @@ class _PartsAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: tuple[Part, ...], scale: float
     ) -> torch.Tensor:
-        groups = query.shape[1] // key.shape[1]
-        q_LHD, k_LHD, v_LHD = _rows(query), _rows(key, groups), _rows(value, groups)
-        out_LHD = torch.empty_like(q_LHD)
-        lse_LH = torch.empty(q_LHD.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in plan.within:
-            out_NHD, lse_NH = _forward_part(part, q_LHD, k_LHD, v_LHD, scale)
-            _put(part, out_LHD, out_NHD)
-            _put(part, lse_LH, lse_NH)
-        for part in plan.across:
-            out_NHD, lse_NH = _forward_part(part, q_LHD, k_LHD, v_LHD, scale)
-            own_NH = lse_LH[part.queries]
-            merged_NH = torch.logaddexp(own_NH, lse_NH)
-            own_share, share = (own_NH - merged_NH).exp()[..., None], (lse_NH - merged_NH).exp()[..., None]
-            _put(part, out_LHD, (out_LHD[part.queries] * own_share + out_NHD * share).to(out_LHD.dtype))
-            _put(part, lse_LH, merged_NH)
-        ctx.save_for_backward(query, key, value, out_LHD, lse_LH)
+        q_LKGD, k_LK1D, v_LK1D = (_by_position(t, key.shape[1]) for t in (query, key, value))
+        out_LKGD = torch.empty_like(q_LKGD)
+        lse_LKG1 = q_LKGD.new_empty(*q_LKGD.shape[:3], 1, dtype=torch.promote_types(query.dtype, torch.float32))
+        for part in plan:
+            q, k, v = _operands(part, q_LKGD, k_LK1D, v_LK1D)
+            out, lse = flash(q, k, v, 0.0, part.causal, attn_mask=part.mask, scale=scale)
+            if part.mask is not None:  # the kernel says 0 where a query sees no key at all
+                lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
+            lse = lse[..., None]
+            if part.across:
+                own, own_lse = _take(out_LKGD, part.queries), _take(lse_LKG1, part.queries)
+                share = torch.sigmoid(lse - own_lse)
+                out = torch.lerp(own.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
+                lse = torch.logaddexp(own_lse, lse)
+            _put(out_LKGD, part.queries, part.real, out)
+            _put(lse_LKG1, part.queries, part.real, lse)
+        ctx.save_for_backward(query, key, value, out_LKGD, lse_LKG1)
         ctx.plan, ctx.scale = plan, scale
-        return out_LHD.transpose(0, 1)[None]
+        return out_LKGD.flatten(1, 2).transpose(0, 1)[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out_LHD, lse_LH = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        groups = query.shape[1] // key.shape[1]
-        q_LHD, k_LHD, v_LHD, grad_LHD = _rows(query), _rows(key, groups), _rows(value, groups), _rows(grads[0])
-        dq_LHD, dk_LHD, dv_LHD = torch.zeros_like(q_LHD), torch.zeros_like(k_LHD), torch.zeros_like(v_LHD)
-        for part in (*plan.within, *plan.across):
-            grad_NHD = grad_LHD[part.queries]
-            if part.real is not None:
-                grad_NHD = grad_NHD * part.real[:, None, None]
+        query, key, value, out_LKGD, lse_LKG1 = ctx.saved_tensors
+        plan: tuple[Part, ...] = ctx.plan
+        q_LKGD, k_LK1D, v_LK1D, grad_LKGD = (_by_position(t, key.shape[1]) for t in (query, key, value, grads[0]))
+        dq_LKGD, dk_LK1D, dv_LK1D = (torch.empty_like(t) for t in (q_LKGD, k_LK1D, v_LK1D))
+        for part in plan:
+            grad = _take(grad_LKGD, part.queries)
+            if part.padded is not None:
+                grad.transpose(1, 2).flatten(0, 1).index_fill_(0, part.padded, 0.0)
             dq, dk, dv = flash_backward(
-                _batch(grad_NHD, part.count),
-                _batch(q_LHD[part.queries], part.count),
-                _batch(k_LHD[part.keys], part.count),
-                _batch(v_LHD[part.keys], part.count),
-                _batch(out_LHD[part.queries], part.count),
-                lse_LH[part.queries].unflatten(0, (part.count, -1)).transpose(1, 2),
+                grad,
+                *_operands(part, q_LKGD, k_LK1D, v_LK1D),
+                _take(out_LKGD, part.queries),
+                _take(lse_LKG1, part.queries)[..., 0],
                 0.0,
                 part.causal,
                 attn_mask=part.mask,
                 scale=ctx.scale,
             )
-            _add(part.queries, dq_LHD, dq)
-            _add(part.keys, dk_LHD, dk)
-            _add(part.keys, dv_LHD, dv)
-        kv_heads = key.shape[1]
-        dk, dv = (t.unflatten(1, (kv_heads, groups)).sum(2) if groups > 1 else t for t in (dk_LHD, dv_LHD))
-        return (*(t.transpose(0, 1)[None] for t in (dq_LHD, dk, dv)), None, None)
+            dk, dv = dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)
+            for places, target, rows in (
+                (part.queries, dq_LKGD, dq),
+                (part.keys, dk_LK1D, dk),
+                (part.keys, dv_LK1D, dv),
+            ):
+                if part.across:
+                    _add(target, places, rows)
+                else:
+                    _put(target, places, part.real, rows)
+        return (*(t.flatten(1, 2).transpose(0, 1)[None] for t in (dq_LKGD, dk_LK1D, dv_LK1D)), None, None)
 
 
-def _rows(heads: torch.Tensor, repeat: int = 1) -> torch.Tensor:
-    """[1, H, L, D] -> [L, H * repeat, D], contiguous."""
-    rows: torch.Tensor = heads[0].transpose(0, 1)
-    if repeat > 1:
-        rows = rows.repeat_interleave(repeat, dim=1)
+def _by_position(heads: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[1, H, L, D] -> [L, K, G, D], contiguous."""
+    rows: torch.Tensor = heads[0].transpose(0, 1).unflatten(1, (kv_heads, -1))
     return rows.contiguous()
 
 
-def _batch(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """[B * T, H, D] -> [B, H, T, D]."""
-    batch: torch.Tensor = rows.unflatten(0, (count, -1))
-    return batch.transpose(1, 2)
-
-
-def _forward_part(
-    part: Part, q_LHD: torch.Tensor, k_LHD: torch.Tensor, v_LHD: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = flash(
-        _batch(q_LHD[part.queries], part.count),
-        _batch(k_LHD[part.keys], part.count),
-        _batch(v_LHD[part.keys], part.count),
-        0.0,
-        part.causal,
-        attn_mask=part.mask,
-        scale=scale,
+def _operands(
+    part: Part, q_LKGD: torch.Tensor, k_LK1D: torch.Tensor, v_LK1D: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel's: [B * K, G, T, D] and twice [B * K, G, S, D]."""
+    shape = (-1, q_LKGD.shape[2], -1, -1)
+    return (
+        _take(q_LKGD, part.queries),
+        _take(k_LK1D, part.keys).expand(shape),
+        _take(v_LK1D, part.keys).expand(shape),
     )
-    if part.mask is not None:  # the kernel says 0 where a query sees no key at all
-        lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
-    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
 
 
-def _put(part: Part, target: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write the real rows of a part's queries."""
-    if isinstance(part.queries, slice) or part.real is None:
-        target[part.queries] = rows
-    else:
-        target[part.queries[part.real]] = rows[part.real]
-
-
-def _add(places: torch.Tensor | slice, target: torch.Tensor, part: torch.Tensor) -> None:
-    rows = part.transpose(1, 2).flatten(0, 1)
+def _take(rows_LKGD: torch.Tensor, places: torch.Tensor | slice) -> torch.Tensor:
+    """[B * K, G, T, D] of these places: a view of a slice, else a copy."""
     if isinstance(places, slice):
-        target[places] += rows
-    else:
-        target.index_add_(0, places, rows)  # a padded place adds zero to the position that it repeats
+        return rows_LKGD[places].permute(1, 2, 0, 3)
+    taken: torch.Tensor = rows_LKGD.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
+    return taken.transpose(1, 2)
+
+
+def _put(
+    target_LKGD: torch.Tensor, places: torch.Tensor | slice, real: torch.Tensor | None, part: torch.Tensor
+) -> None:
+    """Write what is not padding of [B * K, G, T, D] to its places."""
+    if isinstance(places, slice):
+        target_LKGD[places] = part.permute(2, 0, 1, 3)
+        return
+    places, rows = places.flatten(), part.transpose(1, 2).flatten(0, 1)
+    if real is not None:
+        places, rows = places[real], rows[real]
+    target_LKGD.flatten(0, 1).index_copy_(0, places, rows)
+
+
+def _add(target_LKGD: torch.Tensor, places: torch.Tensor | slice, part: torch.Tensor) -> None:
+    if isinstance(places, slice):
+        target_LKGD[places] += part.permute(2, 0, 1, 3)
+    else:  # a padded place adds zero to the position that it repeats
+        target_LKGD.flatten(0, 1).index_add_(0, places.flatten(), part.transpose(1, 2).flatten(0, 1))
 
 
 def make_segments(prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]]) -> Segments:

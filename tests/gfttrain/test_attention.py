@@ -113,10 +113,11 @@ def test_in_parts_equals_the_mask_for_any_shape(pieces: list[tuple[int, list[int
 
 def test_segments_of_like_length_share_a_call_of_the_kernel() -> None:
     segments = make_segments([10] * 50, [[12, 11, 13]] * 50)
-    plan = _plan_parts(segments, None, torch.float32)
-    assert len(plan.within) == 1 and len(plan.across) == 1
-    unlike = _plan_parts(make_segments([512], [[64, 400, 600]]), None, torch.float32)
-    assert sorted(part.count for part in unlike.within) == [1, 1, 1, 1] and len(unlike.across) == 1
+    plan = _plan_parts(segments, None, torch.float32, 2)
+    assert [part.across for part in plan] == [False, True]
+    unlike = _plan_parts(make_segments([512], [[64, 400, 600]]), None, torch.float32, 2)
+    assert [part.across for part in unlike] == [False] * 4 + [True]
+    assert all(isinstance(part.queries, slice) and isinstance(part.keys, slice) for part in unlike)
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")

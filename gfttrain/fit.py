@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gfttrain import lean
 from gfttrain.config import LARGEST_MICRO_BATCH, TrainConfig
 from gfttrain.head import chunk_tokens
 from gfttrain.model import compute_dtype, outline, parameter_counts
@@ -137,17 +138,23 @@ def activation_bytes(
 ) -> int:
     """What a forward pass keeps for the backward pass, roughly, and the largest chunk of logits.
 
-    A layer keeps, a position: about 10 vectors of the hidden size (inputs of the norms, their outputs, residuals,
-    queries, the attention's output), keys and values twice, and 4 of the feed-forward's size. With checkpointing each
-    layer keeps its input, and one layer at a time the rest; selective, also what its products gave: 7 vectors of the
-    hidden size in all (attention in parts gives two), keys and values, and 2 of the feed-forward's.
+    A layer keeps, a position: about 10 vectors of the hidden size (inputs of the norms, these normalised, the norms'
+    outputs, queries, the attention's output, residuals), keys and values twice, and 4 of the feed-forward's size; with
+    lean.py 8 and 2. With checkpointing each layer keeps its input, and one layer at a time the rest; selective, also
+    what its products gave: 7 vectors of the hidden size in all (attention in parts gives two), keys and values, and 2
+    of the feed-forward's.
     """
     text = outlined.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    layer = 10 * text.hidden_size + 4 * kv + 4 * inner
+    modules = [] if config.compile else list(outlined.modules())
+    norms, gated = (
+        any(map(lean.is_norm, modules)),
+        any(map(lean.is_gated, modules)) and not config.gradient_checkpointing,
+    )
+    layer = (8 if norms else 10) * text.hidden_size + 4 * kv + (2 if gated else 4) * inner
     kept = {False: layer, True: text.hidden_size, "selective": 7 * text.hidden_size + 2 * kv + 2 * inner}
     whole = kept[config.gradient_checkpointing] * text.num_hidden_layers
     if config.gradient_checkpointing:

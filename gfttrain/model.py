@@ -21,7 +21,7 @@ from gftdata.engines.hf import load_model, token_logprobs
 from gftdata.errors import UserError, first_line
 from gftdata.store import fsync_file, fsync_folder
 from gftdata.tokens import Tokenizer
-from gfttrain import onednn
+from gfttrain import lean, onednn
 from gfttrain.attention import NAME, build_masks
 from gfttrain.config import LoraConfig, TrainConfig
 from gfttrain.distributed import World, agree, reshard, sum_gradients
@@ -141,8 +141,10 @@ def load_for_training(config: TrainConfig, world: World) -> Policy:
     if config.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    elif world.device.type == "cpu":
-        onednn.use_in(model)
+    else:
+        lean.use_in(model, gated=not config.gradient_checkpointing)
+        if world.device.type == "cpu":
+            onednn.use_in(model)
     if world.size == 1:
         policy.to(world.device)
     else:

@@ -5,10 +5,10 @@
     python benchmarks/products.py --smoke               # the demo's model: says nothing of speed
 
 For each shape of a layer's linears the product of the forward pass (x W^T) and the two of its backward pass (dy W, dy^T
-x), and for the head the logits of one chunk of tokens and the product back (dlogits W). Library and product alternate; every number is the median and
-the middle half of `--rounds` rounds of a quarter of a second, in GFLOP/s (2 a multiplication). `taken` says which of
-the two `gft train` takes for a product of this kind and size on this machine (gfttrain/onednn.py). The two libraries'
-results must agree to 1e-5 of the largest entry.
+x), and for the head the logits of one chunk of tokens and the product back (dlogits W). Library and product alternate;
+every number is the median and the middle half of `--rounds` rounds of a quarter of a second, in GFLOP/s (2 a
+multiplication). `taken` says which of the two `gft train` takes for a product of this kind and size on this machine
+(gfttrain/onednn.py). The two libraries' results must agree to 1e-5 of the largest entry.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Large float32 products of linear layers by oneDNN, on the CPUs where it is faster than MKL.
 
 torch multiplies float32 matrices with MKL, which on AMD's CPUs does not use AVX-512; oneDNN, which torch brings as
-well, does. On a Zen 4 with SmolLM2's shapes it is 1.1 to 1.4 times as fast for x W^T and dy W and 1.8 times for logits;
-for dy^T x the two are alike, so the gradient of the weight stays with MKL (`benchmarks/products.py`; the table stands
+well, does. On a Zen 4 with SmolLM2's shapes it is 1.1 to 1.2 times as fast for x W^T and dy W and 1.8 times for logits;
+for dy^T x it is no faster, so the gradient of the weight stays with MKL (`benchmarks/products.py`; the table stands
 in the README). The rule looks at machine and shape alone, so the same run does the same sums again.
 `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 

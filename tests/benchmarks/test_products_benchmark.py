@@ -14,7 +14,7 @@ def test_each_product_of_a_layer_is_measured_with_both(benchmark: Callable[..., 
     lines = benchmark("products.py", "--smoke")
     rows = [line.split("  ")[:2] for line in lines[1:-2]]
     assert rows[:3] == [["x W^T", "24 x 96 x 96"], ["dy W", "24 x 96 x 96"], ["dy^T x", "96 x 24 x 96"]]
-    assert rows[-1] == ["logits", "24 x 96 x 18"] and len(rows) == 3 * 3 + 1
+    assert rows[-2:] == [["logits", "24 x 96 x 18"], ["dlogits W", "24 x 18 x 96"]] and len(rows) == 3 * 3 + 2
     assert all(line.endswith("MKL") for line in lines[1:-2])  # far too small for gft train to take oneDNN's
 
 

@@ -4,7 +4,8 @@ Autograd keeps what each elementwise operation needs. Of a gated feed-forward, d
 act(gate), up and their product: together more than all the rest of a layer. Of an RMSNorm it is the input twice, once
 normalised. Here a feed-forward keeps gate and up, a norm its input and a number a position; the rest is computed again
 when it is asked for, the feed-forward's bit by bit the same. The norm's gradient is written out, which takes half of
-autograd's passes over memory. Compiled layers do all of this by themselves.
+autograd's passes over memory. Compiled layers stay as they are: the compiler computes again what it chooses to (of the
+feed-forward it keeps three tensors).
 
 Shapes: L positions (any leading dimensions), D hidden size, F the feed-forward's size.
 """

@@ -11,6 +11,7 @@ Shapes: L positions (any leading dimensions), D hidden size, F the feed-forward'
 """
 
 import inspect
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -57,10 +58,13 @@ def is_gated(module: nn.Module) -> bool:
 
 def _body(module: nn.Module) -> list[str]:
     """The lines of its class's forward; none where something has put in another one already."""
-    if "forward" in vars(module):
-        return []
+    return [] if "forward" in vars(module) else _lines(type(module))
+
+
+@cache
+def _lines(kind: Any) -> list[str]:
     try:
-        lines = inspect.getsource(type(module).forward).splitlines()
+        lines = inspect.getsource(kind.forward).splitlines()
     except (OSError, TypeError):  # made at runtime, or in C
         return []
     first = next((place for place, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)

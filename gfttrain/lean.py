@@ -58,11 +58,12 @@ def is_gated(module: nn.Module) -> bool:
 
 def _body(module: nn.Module) -> list[str]:
     """The lines of its class's forward; none where something has put in another one already."""
-    return [] if "forward" in vars(module) else _lines(type(module))
+    kind: Any = type(module)
+    return [] if "forward" in vars(module) else _lines(kind)
 
 
 @cache
-def _lines(kind: Any) -> list[str]:
+def _lines(kind: type[nn.Module]) -> list[str]:
     try:
         lines = inspect.getsource(kind.forward).splitlines()
     except (OSError, TypeError):  # made at runtime, or in C

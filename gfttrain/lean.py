@@ -91,6 +91,8 @@ class _Kept:
 
     def __init__(self, act_fn: Any, gate_LF: torch.Tensor, up_LF: torch.Tensor) -> None:
         self.act_fn, self.gate_LF, self.up_LF = act_fn, gate_LF, up_LF
+        device = gate_LF.device.type
+        self.precision = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self.activated_LF: torch.Tensor | None = None
         self.product_LF: torch.Tensor | None = None
 
@@ -105,7 +107,7 @@ class _Kept:
         if isinstance(packed, torch.Tensor):
             return packed
         compute, shape = packed
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(*self.precision):  # the backward pass runs outside of it
             computed: torch.Tensor = compute()
         return computed.view(shape)
 

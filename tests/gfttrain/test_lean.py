@@ -86,6 +86,19 @@ def test_a_feed_forward_gives_the_same_bit_by_bit(shape: tuple[int, ...], bias: 
         assert ours is not None and theirs is not None and ours.equal(theirs)
 
 
+def test_what_is_computed_again_is_so_in_the_precision_of_before() -> None:
+    plain = feed_forward()
+    plain.act_fn = nn.Linear(40, 40)  # bfloat16 within autocast; outside of it an error, for the widths are two
+    x = torch.randn(5, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = results(plain, x), results(made_lean(plain), x)
+        assert all(a is not None and b is not None and a.equal(b) for a, b in zip(found, expected, strict=True))
+        out = made_lean(plain)(x)
+    x.grad = None
+    out.float().square().sum().backward()  # as the trainer does: out of autocast
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("frozen", ["x", "gate_proj", "up_proj", "down_proj", "all but down_proj"])
 def test_a_feed_forward_of_which_a_part_is_frozen(frozen: str) -> None:
     plain = feed_forward()
@@ -145,7 +158,7 @@ def test_a_step_has_the_same_gradient(family: str, norms: int, gated: int) -> No
             assert sum("forward" in vars(module) for module in policy.modules()) == norms + gated
             assert list(policy.state_dict()) == names
         gradients.append(gradient(policy, [examples], "shared_prefix", loss, count_tokens(examples)))
-    assert 0 <= distance(gradients[1], gradients[0]) < 1e-6
+    assert distance(gradients[1], gradients[0]) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
